@@ -1,0 +1,92 @@
+"""What an estimator is given, a :class:`BilevelProblem`, and what it returns, a :class:`Hypergradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+def identity(tensor: Tensor) -> Tensor:
+    """Return `tensor`: the mean over replicas when there is only one."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    r"""Choose :math:`\lambda` to minimise :math:`\ell_V(\theta^*)`, where :math:`\theta^*` minimises :math:`\ell_T(\theta, \lambda)`.
+
+    Args:
+        theta: Leaf tensors that may be perturbed. An estimator changes them in place and gives them back bit for bit,
+            even after an exception.
+        meta_params: Leaf tensors :math:`\lambda`.
+        train_loss: ``() -> scalar``, reads `theta` and `meta_params` as they stand.
+        val_loss: ``() -> scalar``, reads `theta` as it stands. What it reads of `meta_params` is the direct term.
+        state: Tensors that a forward pass may change, such as the running statistics of batch normalisation. Every
+            evaluation of a loss starts from their present values, and they are given back bit for bit.
+        mean: Average of a tensor over data-parallel replicas; the identity when there is only one. Estimators send K
+            losses, K scores and the meta-gradients through it.
+        loss_scale: Factor on every loss before its backward pass, divided out of the gradient afterwards, against
+            underflow in float16; None for no scaling.
+
+    Raises:
+        ValueError: If `theta` or `meta_params` is empty, holds a tensor twice or shares one with the other, or holds
+            a tensor that is no floating-point leaf.
+    """
+
+    theta: Sequence[Tensor]
+    meta_params: Sequence[Tensor]
+    train_loss: Callable[[], Tensor]
+    val_loss: Callable[[], Tensor]
+    state: Sequence[Tensor] = ()
+    mean: Callable[[Tensor], Tensor] = identity
+    loss_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse tensors that could not be perturbed, or whose gradient would be ambiguous."""
+        for name, tensors in (("theta", self.theta), ("meta_params", self.meta_params)):
+            _check_leaves(name, tensors)
+        if {id(t) for t in self.theta} & {id(t) for t in self.meta_params}:
+            raise ValueError(
+                "`theta` and `meta_params` should have no tensor in common, but they share at least one. "
+                "Keep the meta-parameters outside the base model."
+            )
+
+
+def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
+    if not tensors:
+        raise ValueError(f"`{name}` should hold at least one tensor, got none.")
+    if len({id(t) for t in tensors}) != len(tensors):
+        raise ValueError(f"`{name}` holds the same tensor twice. List each tied parameter once.")
+    for position, tensor in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise ValueError(f"`{name}[{position}]` should be a floating-point tensor, got {tensor.dtype}.")
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"`{name}[{position}]` should be a leaf tensor, but it is the result of an operation that autograd "
+                "recorded. Pass the parameter itself."
+            )
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    r"""Gradient of the validation loss after one inner step with respect to the meta-parameters.
+
+    All tensors are detached. K is the number of points at which the training loss was evaluated: the candidates of
+    `evograd`, the two sides of `finite_difference`, one for `t1t2`.
+
+    Attributes:
+        grads: Aligned with `BilevelProblem.meta_params`, zero where a parameter has no influence.
+        val_loss: Scalar, the validation loss at :math:`\theta^*`.
+        train_losses: ``[K]``, training loss of each candidate.
+        weights: ``[K]``, share of each candidate in :math:`\theta^*`; sums to one.
+        scores: ``[K]``, slope of the validation loss along each candidate's perturbation,
+            :math:`\langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`.
+    """
+
+    grads: tuple[Tensor, ...]
+    val_loss: Tensor
+    train_losses: Tensor
+    weights: Tensor
+    scores: Tensor

@@ -1,0 +1,102 @@
+"""The room in which an estimator moves the parameters about: whatever happens inside leaves no trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from meta_trainer.hypergrad.problem import BilevelProblem
+from meta_trainer.hypergrad.random_state import preserved_random_state
+
+
+class Sandbox:
+    """Evaluates the losses of a problem at displaced parameters, and gives everything back on leaving.
+
+    Every evaluation replays the random state found on entering and starts from the state tensors found on entering, so
+    that two evaluations differ by the parameters alone: the same dropout masks, the same running statistics.
+
+    Parameters are written through ``.data``, which leaves their version counters alone: a graph recorded at the
+    original point stays usable once the parameters are back there.
+    """
+
+    def __init__(self, problem: BilevelProblem) -> None:
+        self.problem = problem
+        self._cleanup = ExitStack()
+
+    def __enter__(self) -> Self:
+        """Copy what may change: parameters, state, random numbers, ``requires_grad`` and the grad mode."""
+        problem = self.problem
+        self._data = [t.data for t in problem.theta]
+        self._origin = [t.detach().clone() for t in problem.theta]
+        self._state = [t.detach().clone() for t in problem.state]
+        with ExitStack() as stack:
+            devices = {t.device for t in (*problem.theta, *problem.meta_params)}
+            self._random_state = stack.enter_context(preserved_random_state(devices))
+            for tensor in (*problem.theta, *problem.meta_params):
+                stack.callback(tensor.requires_grad_, tensor.requires_grad)
+            stack.callback(self._restore_state)
+            stack.callback(self.move_to)
+            stack.enter_context(torch.enable_grad())
+            for tensor in problem.meta_params:
+                tensor.requires_grad_(True)
+            self._cleanup = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Give everything back, whether or not an exception is under way."""
+        self._cleanup.close()
+
+    def move_to(self, *displacements: Iterable[Tensor]) -> None:
+        """Set the parameters to their original values plus the displacements; to the origin when there is none."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._data, self._origin)
+            for displacement in displacements:
+                torch._foreach_add_(self._data, list(displacement))
+
+    def differentiate_theta(self, needed: bool) -> None:
+        """Record graphs through the parameters only while their gradient is needed."""
+        for tensor in self.problem.theta:
+            tensor.requires_grad_(needed)
+
+    def train_loss(self) -> Tensor:
+        """Training loss at the present parameters."""
+        return self._evaluate("train_loss", self.problem.train_loss)
+
+    def val_loss(self) -> Tensor:
+        """Validation loss at the present parameters."""
+        return self._evaluate("val_loss", self.problem.val_loss)
+
+    def gradient(self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+        """Gradient of `loss`, zero for what does not reach it; no ``.grad`` field is touched."""
+        if not loss.requires_grad:
+            return tuple(torch.zeros_like(t) for t in inputs)
+        scale = self.problem.loss_scale
+        scaled = loss if scale is None else loss * scale
+        grads = torch.autograd.grad(
+            scaled, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        return grads if scale is None else tuple(grad / scale for grad in grads)
+
+    def _evaluate(self, name: str, loss_function: Callable[[], Tensor]) -> Tensor:
+        self._random_state.restore()
+        self._restore_state()
+        loss = loss_function()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
+        # Low precision would round the differences between candidates away.
+        return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _restore_state(self) -> None:
+        with torch.no_grad():
+            for tensor, original in zip(self.problem.state, self._state, strict=True):
+                tensor.data.copy_(original)
+
+
+def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Sum over all entries of the product of two aligned lists of tensors."""
+    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]).sum()

@@ -1,0 +1,68 @@
+"""The update of the meta module: its optimizer, schedule, clipping and loss scale, apart from the base model's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, get_scheduler
+
+from meta_trainer.arguments import MetaTrainingArguments
+
+
+def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Optimizer `args.meta_optim` over the meta-parameters, built as Trainer builds its own."""
+    meta_args = copy.copy(args)
+    meta_args.optim, meta_args.learning_rate = args.meta_optim, args.meta_learning_rate
+    meta_args.optim_args = None
+    kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(meta_args)
+    optimizer: torch.optim.Optimizer = kind([{"params": list(parameters), "weight_decay": args.meta_weight_decay}], **kwargs)
+    return optimizer
+
+
+def create_meta_scheduler(
+    args: MetaTrainingArguments, optimizer: torch.optim.Optimizer, num_training_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Schedule of the meta learning rate over the meta steps of a run of `num_training_steps` optimizer steps."""
+    num_meta_steps = math.ceil(num_training_steps / args.meta_every)
+    warmup = args.meta_warmup_steps
+    return get_scheduler(
+        args.meta_lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=math.ceil(warmup * num_meta_steps) if warmup < 1 else int(warmup),
+        num_training_steps=num_meta_steps,
+    )
+
+
+def apply_hypergradient(
+    parameters: Sequence[nn.Parameter],
+    grads: Sequence[Tensor],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+) -> tuple[Tensor, bool]:
+    """Step `optimizer` along a hypergradient, unless it holds a NaN or an infinity.
+
+    Args:
+        parameters: The meta-parameters.
+        grads: Aligned with `parameters`, equal on all replicas, free of any loss scale.
+        optimizer: Of the meta-parameters.
+        scaler: Of the meta losses, apart from the base model's; adapts its scale when it is enabled.
+        max_grad_norm: Norm to clip to; 0 for no clipping.
+
+    Returns:
+        The norm before clipping, and whether the step was taken.
+    """
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = scaler.scale(grad.to(parameter.dtype))
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm.detach(), finite

@@ -1,0 +1,55 @@
+"""The meta module's section of a model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from torch import nn
+
+from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.modules import MetaModule, MetaModuleList
+
+TAGS = ("meta-learning", "meta-trainer")
+
+_SECTION = """
+## Meta-learning
+
+Trained with `meta_trainer`: beside the model, a **{name}** ({count:,} parameters) was learned by the `{estimator}`
+hypergradient. It took part in training only; the model runs without it.
+
+| setting | value |
+|---|---|
+{rows}
+
+The meta module lies in `meta_module/`:
+
+```python
+from meta_trainer import {kind}
+
+meta_module = {kind}.from_pretrained("meta_module")
+```
+"""
+
+_COMMON = ("perturb", "meta_every", "meta_optim", "meta_learning_rate", "per_device_meta_batch_size")
+_BY_ESTIMATOR = {"evograd": ("num_candidates", "sigma", "temperature", "noise")}
+
+
+def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainingArguments) -> None:
+    """Append what was meta-learned, and how, to the model card at `card_file`."""
+    card = ModelCard.load(card_file, ignore_metadata_errors=True)
+    settings = ("hypergradient", *_BY_ESTIMATOR.get(args.hypergradient, ()), *_COMMON)
+    members = list(meta_module) if isinstance(meta_module, MetaModuleList) else [meta_module]
+    card.text = card.text.rstrip() + "\n" + _SECTION.format(
+        name=" and a ".join(type(member).__name__ for member in members),
+        kind=type(meta_module).__name__,
+        count=_num_parameters(meta_module),
+        estimator=args.hypergradient,
+        rows="\n".join(f"| `{name}` | {getattr(args, name)} |" for name in settings),
+    )
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    card.save(card_file)
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,21 @@
+"""Meta modules: what is learned by the hypergradient, and the three doors through which it enters training.
+
+===================================== ================ ==============================================================
+module                                door             what it learns
+===================================== ================ ==============================================================
+:class:`RepresentationTransform`      forward pass     a map of source-language hidden states towards the target
+                                                       language (MetaXL)
+:class:`MetaWeightNet`                loss             the weight of each example, given its loss
+:class:`MetaModuleList`               those of its     several modules at once
+                                      members
+===================================== ================ ==============================================================
+
+A new one subclasses :class:`MetaModule` and overrides the doors it uses.
+"""
+
+from meta_trainer.modules.composition import MetaModuleList
+from meta_trainer.modules.meta_module import Batch, MetaModule
+from meta_trainer.modules.meta_weight_net import MetaWeightNet
+from meta_trainer.modules.representation_transform import RepresentationTransform
+
+__all__ = ["Batch", "MetaModule", "MetaModuleList", "MetaWeightNet", "RepresentationTransform"]

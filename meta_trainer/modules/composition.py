@@ -1,0 +1,88 @@
+"""Several meta modules, learned at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from meta_trainer.modules.meta_module import Batch, MetaModule
+
+
+class MetaModuleList(MetaModule):
+    """One meta module out of several, which go through each door in the given order.
+
+    Args:
+        members: The meta modules. At most one of them may use the loss door, since it takes the per-example losses to a
+            scalar.
+
+    Raises:
+        ValueError: If there is no member, or more than one uses the loss door.
+    """
+
+    def __init__(self, members: Sequence[MetaModule]) -> None:
+        super().__init__()
+        if not members:
+            raise ValueError("A MetaModuleList should have at least one member, got none.")
+        reducers = [type(member).__name__ for member in members if member.has_loss_door]
+        if len(reducers) > 1:
+            raise ValueError(f"At most one member may use the loss door (`reduce`), got {len(reducers)}: {reducers}.")
+        self.members = nn.ModuleList(members)
+
+    def __iter__(self) -> Iterator[MetaModule]:
+        """The members in order."""
+        return iter(self.members)  # type: ignore[arg-type]
+
+    @property
+    def batch_columns(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Columns that any member reads."""
+        return tuple(dict.fromkeys(column for member in self for column in member.batch_columns))
+
+    @property
+    def reads_unperturbed_losses(self) -> bool:  # type: ignore[override]
+        """Whether the member at the loss door does."""
+        return any(member.reads_unperturbed_losses for member in self)
+
+    @property
+    def has_loss_door(self) -> bool:
+        """Whether a member uses the loss door."""
+        return any(member.has_loss_door for member in self)
+
+    def transform_batch(self, batch: Batch) -> Batch:
+        """Each member transforms what the one before it gave."""
+        for member in self:
+            batch = member.transform_batch(batch)
+        return batch
+
+    @contextmanager
+    def attach(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """All members are attached; hooks on one layer run in the members' order."""
+        with ExitStack() as stack:
+            for member in self:
+                stack.enter_context(member.attach(model, batch))
+            yield
+
+    def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
+        """The objective of the member that uses the loss door, the mean when none does."""
+        for member in self:
+            if member.has_loss_door:
+                return member.reduce(losses, batch, outputs)
+        return super().reduce(losses, batch, outputs)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Ask every member."""
+        for member in self:
+            member.check_model(model)
+
+    def to_config(self) -> dict[str, Any]:
+        """The members' configurations, in order."""
+        return {"meta_module": type(self).__name__, "members": [member.to_config() for member in self]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MetaModule:
+        """Build every member from its own configuration."""
+        if config.get("meta_module") != cls.__name__:
+            return MetaModule.from_config(config)
+        return cls([MetaModule.from_config(member) for member in config["members"]])

@@ -1,0 +1,136 @@
+"""The three doors through which meta-parameters may enter the training objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from huggingface_hub import ModelHubMixin, constants, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""A collated batch: column name to tensor."""
+
+UNPERTURBED_LOSSES = "unperturbed_losses"
+"""Batch key under which a candidate finds the per-example losses of the unperturbed model."""
+
+
+class MetaModule(
+    nn.Module,
+    ModelHubMixin,
+    library_name="meta-trainer",
+    tags=["meta-learning", "hypergradient"],
+    paper_url="https://arxiv.org/abs/2106.10575",
+):
+    r"""A module whose parameters :math:`\lambda` are learned by the hypergradient.
+
+    It takes part in training through three doors. A subclass overrides those it uses; the others are the identity.
+
+    1. :meth:`transform_batch`, before the model: learned augmentation, learned label correction;
+    2. :meth:`attach`, during the forward pass: learned transformations of hidden states;
+    3. :meth:`reduce`, after the model: learned weights of examples, learned regularisers.
+
+    The doors are open on training batches only. On meta batches, in evaluation and in prediction the model runs alone.
+
+    Saving and loading follow the Hub: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` keep the constructor's
+    arguments in ``config.json`` and the parameters in ``model.safetensors``.
+
+    Attributes:
+        batch_columns: Columns of the batch that the doors read and the base model does not know. They reach the doors
+            and are kept from the model.
+        reads_unperturbed_losses: Whether :meth:`reduce` wants ``batch["unperturbed_losses"]``, the per-example losses at
+            the unperturbed parameters, while candidates are evaluated.
+    """
+
+    batch_columns: ClassVar[tuple[str, ...]] = ()
+    reads_unperturbed_losses: bool = False
+
+    def transform_batch(self, batch: Batch) -> Batch:
+        """Door 1: the batch that the model trains on. Returns a new dictionary where it changes anything."""
+        return batch
+
+    @contextmanager
+    def attach(self, model: nn.Module, batch: Batch) -> Iterator[None]:
+        """Door 2: hooks on `model` that live for one forward pass and are gone afterwards, also after an exception."""
+        yield
+
+    def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
+        """Door 3: from per-example (per-token) losses ``[N]`` to the training objective, a scalar."""
+        return losses.mean()
+
+    @property
+    def has_loss_door(self) -> bool:
+        """Whether the objective is this module's; otherwise it is the model's own loss."""
+        return type(self).reduce is not MetaModule.reduce
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a ValueError when `model` lacks what the doors need. Called before training starts."""
+
+    def to_config(self) -> dict[str, Any]:
+        """What :meth:`from_config` needs to build this module again, parameters aside."""
+        return {"meta_module": type(self).__name__, **(self._hub_mixin_config or {})}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MetaModule:
+        """Build the module that a configuration names, among `MetaModule` and its subclasses that are imported.
+
+        Raises:
+            ValueError: If the configuration names no known meta module.
+        """
+        arguments = dict(config)
+        name = arguments.pop("meta_module", None)
+        known = {kind.__name__: kind for kind in _all_subclasses(MetaModule)}
+        if name not in known:
+            raise ValueError(
+                f"The configuration should name a meta module under `meta_module`, one of {sorted(known)}, got {name!r}. "
+                "A module of your own has to be imported before it can be loaded."
+            )
+        if known[name].from_config.__func__ is not cls.from_config.__func__:  # type: ignore[attr-defined]
+            return known[name].from_config(config)
+        return known[name](**arguments)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
+        """Write ``config.json`` and ``model.safetensors``; arguments as in `huggingface_hub.ModelHubMixin`."""
+        return super().save_pretrained(save_directory, **{"config": self.to_config(), **kwargs})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_model(self, str(save_directory / constants.SAFETENSORS_SINGLE_FILE))
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **kwargs: Any) -> Self:
+        module = cls.from_config(config or {})
+        if not isinstance(module, cls):
+            raise ValueError(f"{model_id} holds a {type(module).__name__}, not a {cls.__name__}. Load it with its own class.")
+        module.load_weights(_weights_file(model_id, **kwargs))
+        return module
+
+    def load_weights(self, file: str | Path) -> None:
+        """Read parameters and buffers from a safetensors file.
+
+        Raises:
+            ValueError: If the file is missing, unreadable, or belongs to a module of another shape.
+        """
+        if not Path(file).is_file():
+            raise ValueError(f"No weights of a meta module at {file}. Expected a file that `save_pretrained` wrote.")
+        try:
+            load_model(self, str(file), strict=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{file} does not fit this {type(self).__name__}: {error}") from error
+
+
+def _all_subclasses(kind: type[MetaModule]) -> Iterator[type[MetaModule]]:
+    yield kind
+    for subclass in kind.__subclasses__():
+        yield from _all_subclasses(subclass)
+
+
+def _weights_file(model_id: str, **kwargs: Any) -> str:
+    if Path(model_id).is_dir():
+        return str(Path(model_id) / constants.SAFETENSORS_SINGLE_FILE)
+    download = {key: kwargs.get(key) for key in ("revision", "cache_dir", "token")}
+    flags = {key: bool(kwargs.get(key)) for key in ("force_download", "local_files_only")}
+    return str(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **download, **flags))

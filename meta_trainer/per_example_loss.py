@@ -1,0 +1,78 @@
+"""Losses before the average: one per example, or one per token, for the loss door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+IGNORED = -100
+
+
+def per_example_losses(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Losses whose mean is the loss that the Hugging Face heads compute.
+
+    ========================== ================= =============================== ==========
+    head                       logits            labels                          losses
+    ========================== ================= =============================== ==========
+    single-label               ``[B, C]``        integers ``[B]``                ``[B]``
+    token classification       ``[B, T, C]``     integers ``[B, T]``             ``[N]``
+    multi-label                ``[B, C]``        floats ``[B, C]``               ``[B]``
+    regression                 ``[B, 1]``        floats ``[B]`` or ``[B, 1]``    ``[B]``
+    ========================== ================= =============================== ==========
+
+    Args:
+        logits: Of the model.
+        labels: As given to the model. Labels of -100 are left out, N counts the others.
+        label_smoothing: Share of the uniform distribution in the targets of classification.
+
+    Raises:
+        ValueError: If the shapes fit none of the heads.
+    """
+    if labels.is_floating_point() and logits.numel() == labels.numel() == len(labels):
+        return F.mse_loss(logits.reshape(-1), labels.reshape(-1).to(logits.dtype), reduction="none")
+    if labels.is_floating_point() and logits.shape == labels.shape:
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").flatten(1).mean(dim=1)
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"No per-example loss is known for logits of shape {list(logits.shape)} and {labels.dtype} labels of shape "
+            f"{list(labels.shape)}. Pass `per_example_loss` to the trainer: a function (outputs, labels) -> losses [N]."
+        )
+    valid = labels != IGNORED  # [B] or [B, T]
+    return F.cross_entropy(logits[valid], labels[valid], reduction="none", label_smoothing=label_smoothing)
+
+
+class PerExampleLoss:
+    """Per-example losses of a model's outputs, next-token prediction included.
+
+    Args:
+        model: The base model, to know whether its labels are shifted.
+        label_smoothing: As in `TrainingArguments.label_smoothing_factor`.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        self.shifts_labels = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Losses ``[N]`` of `outputs`, a `ModelOutput`, a dictionary or a tuple that starts with (loss, logits)."""
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+        if self.shifts_labels:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return per_example_losses(logits.float(), labels, self.label_smoothing)
+
+
+def check_agreement(losses: Tensor, model_loss: Tensor) -> None:
+    """Raise a ValueError unless the mean of `losses` is the loss that the model itself computed.
+
+    A head with class weights, a CRF or an auxiliary term would otherwise be trained on another objective than its own.
+    """
+    mean, own = losses.detach().mean().float(), model_loss.detach().mean().float()
+    if not torch.allclose(mean, own, rtol=2e-2, atol=1e-3, equal_nan=True):
+        raise ValueError(
+            f"The per-example losses average to {mean.item():.4f}, but the model's own loss is {own.item():.4f}: this model's "
+            "objective is no plain mean. Pass `per_example_loss` to the trainer: a function (outputs, labels) -> losses [N]."
+        )

@@ -1,0 +1,453 @@
+"""MetaTrainer: a Trainer whose training step is preceded by a hypergradient step on a meta module."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast, reduce
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.utils import logging
+
+from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.hypergrad import (
+    BilevelProblem,
+    Hypergradient,
+    evograd,
+    finite_difference,
+    preserved_random_state,
+    t1t2,
+)
+from meta_trainer.meta_data import MetaDataStream
+from meta_trainer.meta_metrics import MetaMetrics
+from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.model_card import add_meta_section
+from meta_trainer.modules import Batch, MetaModule, MetaModuleList
+from meta_trainer.modules.meta_module import UNPERTURBED_LOSSES
+from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
+from meta_trainer.scope import select_parameters
+
+logger = logging.get_logger(__name__)
+
+META_BATCH = "meta_batch"
+"""Key under which a data collator may put the meta batch of each train batch."""
+
+META_MODULE_FOLDER = "meta_module"
+META_STATE_NAME = "meta_state.pt"
+
+
+class MetaTrainer(Trainer):
+    r"""`transformers.Trainer` that learns a meta module :math:`\lambda` beside the model :math:`\theta`.
+
+    Before the base step of every `meta_every`-th optimizer step, one meta step updates :math:`\lambda` along the
+    hypergradient of the meta loss. Under gradient accumulation it looks at the first micro-batch. It leaves no trace on
+    parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the meta module.
+
+    Without `meta_module` this class is Trainer.
+
+    Args:
+        model: As in Trainer.
+        args: `MetaTrainingArguments`; plain `TrainingArguments` get the meta settings' defaults.
+        *positional: Further arguments of Trainer.
+        meta_module: What is learned by the hypergradient, or several to compose.
+        meta_dataset: The small trusted or target set. Not needed when the data collator puts a ``meta_batch`` into every
+            train batch.
+        per_example_loss: ``(outputs, labels) -> losses [N]`` for meta modules that weigh examples; by default that of the
+            Hugging Face heads.
+        **keywords: Further arguments of Trainer.
+
+    Raises:
+        ValueError: If the model, the scope, the data and the meta module do not fit together.
+        NotImplementedError: If the engine is one that meta steps do not run on.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        meta_module: MetaModule | Sequence[MetaModule] | None = None,
+        meta_dataset: Dataset[Any] | None = None,
+        per_example_loss: Callable[[Any, Tensor], Tensor] | None = None,
+        **keywords: Any,
+    ) -> None:
+        if meta_module is None and meta_dataset is not None:
+            raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
+        if meta_module is not None and not isinstance(args, MetaTrainingArguments):
+            args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
+        self.meta_module: MetaModule | None = None
+        super().__init__(model, args, *positional, **keywords)
+        if meta_module is not None:
+            module = meta_module if isinstance(meta_module, MetaModule) else MetaModuleList(meta_module)
+            self._set_up_meta_step(module, meta_dataset, per_example_loss)
+
+    def _set_up_meta_step(
+        self,
+        meta_module: MetaModule,
+        meta_dataset: Dataset[Any] | None,
+        per_example_loss: Callable[[Any, Tensor], Tensor] | None,
+    ) -> None:
+        self._refuse_engines()
+        if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
+            raise ValueError(
+                f"{type(meta_module).__name__} weighs examples, but `compute_loss_func` gives their average only. "
+                "Pass `per_example_loss`, a function (outputs, labels) -> losses [N]."
+            )
+        if not any(p.requires_grad for p in meta_module.parameters()):
+            raise ValueError(f"{type(meta_module).__name__} has no trainable parameter, so there is nothing to learn.")
+        if {id(p) for p in meta_module.parameters()} & {id(p) for p in self.model.parameters()}:
+            raise ValueError("The meta module and the model share parameters. Keep the meta module outside the model.")
+        meta_module.check_model(self.model)
+        select_parameters(self.model, self.args.perturb)
+
+        self.meta_module = meta_module.to(self.args.device)
+        self.meta_optimizer: torch.optim.Optimizer | None = None
+        self.meta_lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self.meta_scaler = torch.amp.GradScaler(
+            self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
+        )
+        smoothing = self.args.label_smoothing_factor
+        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
+        self.meta_data = None if meta_dataset is None else self._create_meta_data(meta_dataset)
+        self._meta_metrics = MetaMetrics()
+        self._doors_open = False
+        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
+        self._num_meta_steps = 0
+        self._last_meta_step_at: int | None = None
+
+    def _refuse_engines(self) -> None:
+        for used, engine in (
+            (self.is_deepspeed_enabled, "DeepSpeed"),
+            (self.is_fsdp_enabled, "FSDP"),
+            (self.args.n_gpu > 1, "torch.nn.DataParallel"),
+        ):
+            if used:
+                raise NotImplementedError(
+                    f"A meta step does not run under {engine}. Start one process per device with `accelerate launch`."
+                )
+
+    def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return MetaDataStream(
+            dataset,
+            self.args.per_device_meta_batch_size,
+            collate,
+            seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+
+    # ---------------------------------------------------------------------------------------------- the two steps
+
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
+        """The meta step, when one is due, and the base step."""
+        if self.meta_module is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._meta_step_is_due():
+            self.meta_step(model, inputs)
+            self._last_meta_step_at = self.state.global_step
+        inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
+        if self.meta_module.has_loss_door:
+            # The objective is a mean over the micro-batch, which Trainer divides by their number if told of no other.
+            num_items_in_batch = None
+        with self._open_doors(), _frozen(self.meta_parameters):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
+        """Update the meta module once along its hypergradient.
+
+        Args:
+            model: The base model, wrapped or not.
+            inputs: A train batch; with a ``meta_batch`` in it, or else the next batch of `meta_dataset` is used.
+
+        Returns:
+            The hypergradient, before clipping. The update is left out when it is not finite.
+
+        Raises:
+            ValueError: If there is no meta module, or no meta data.
+        """
+        if self.meta_module is None:
+            raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
+        if self.meta_optimizer is None:
+            self._create_meta_optimizer()
+        base_model = self.accelerator.unwrap_model(model)
+        with preserved_random_state([self.args.device]), _training_mode(base_model, self.meta_module):
+            batch, meta_batch = self._meta_step_batches(inputs)
+            theta = select_parameters(base_model, self.args.perturb)
+            moved = {id(parameter) for parameter in theta}
+            rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
+            # Outside the scope nothing is differentiated, so that no graph is kept below it.
+            with _frozen(rest):
+                result = self._estimate(self._bilevel_problem(base_model, theta, batch, meta_batch))
+        self._update_meta_module(result)
+        self._num_meta_steps += 1
+        return result
+
+    @property
+    def meta_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of the meta module."""
+        return [] if self.meta_module is None else [p for p in self.meta_module.parameters() if p.requires_grad]
+
+    def _meta_step_is_due(self) -> bool:
+        step = self.state.global_step
+        return step % self.args.meta_every == 0 and step != self._last_meta_step_at
+
+    def _meta_step_batches(self, inputs: Batch) -> tuple[Batch, Batch]:
+        batch = dict(inputs)
+        meta_batch = batch.pop(META_BATCH, None)
+        if meta_batch is None:
+            if self.meta_data is None:
+                raise ValueError(
+                    "A meta step needs meta data, but there is neither a `meta_dataset` nor a `meta_batch` in the train "
+                    f"batch, whose columns are {sorted(batch)}."
+                )
+            meta_batch = next(self.meta_data)
+        return dict(self._prepare_inputs(batch)), dict(self._prepare_inputs(meta_batch))
+
+    def _bilevel_problem(
+        self, model: nn.Module, theta: list[nn.Parameter], batch: Batch, meta_batch: Batch
+    ) -> BilevelProblem:
+        if self.meta_module is not None and self.meta_module.reads_unperturbed_losses:
+            batch = {**batch, UNPERTURBED_LOSSES: self._unperturbed_losses(model, batch)}
+
+        def train_loss() -> Tensor:
+            with self._open_doors(), self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch))
+
+        def val_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(meta_batch))
+
+        return BilevelProblem(
+            theta=theta,
+            meta_params=self.meta_parameters,
+            train_loss=train_loss,
+            val_loss=val_loss,
+            state=list(model.buffers()),
+            mean=self._mean_over_replicas,
+            loss_scale=self.meta_scaler.scale(torch.ones((), device=self.args.device))
+            if self.meta_scaler.is_enabled()
+            else None,
+        )
+
+    def _estimate(self, problem: BilevelProblem) -> Hypergradient:
+        args = self.args
+        if args.hypergradient == "t1t2":
+            return t1t2(problem, lr=args.learning_rate)
+        if args.hypergradient == "finite_difference":
+            return finite_difference(problem, lr=args.learning_rate)
+        # A seed of its own for every step and run, the same on all replicas.
+        seed = int(np.random.SeedSequence([args.seed, self._num_meta_steps]).generate_state(1)[0])
+        return evograd(problem, args.num_candidates, args.sigma, args.temperature, args.noise, seed)
+
+    def _update_meta_module(self, result: Hypergradient) -> None:
+        norm, stepped = apply_hypergradient(
+            self.meta_parameters, result.grads, self.meta_optimizer, self.meta_scaler, self.args.meta_max_grad_norm
+        )
+        rate = self.meta_optimizer.param_groups[0]["lr"]
+        if self.meta_lr_scheduler is not None:
+            self.meta_lr_scheduler.step()
+        skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
+        self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
+        if stepped:
+            self._meta_metrics.add(loss=result.val_loss, grad_norm=norm, max_candidate_weight=result.weights.max())
+        else:
+            logger.warning(
+                f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."
+            )
+
+    def _mean_over_replicas(self, tensor: Tensor) -> Tensor:
+        return tensor if self.args.world_size == 1 else reduce(tensor, reduction="mean")
+
+    # ------------------------------------------------------------------------------------------ the training objective
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The model's loss; on training batches, that of the meta module's three doors."""
+        if self.meta_module is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._doors_open:
+            return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
+        batch = self.meta_module.transform_batch(inputs)
+        with self.meta_module.attach(self.accelerator.unwrap_model(model), batch):
+            if not self.meta_module.has_loss_door:
+                return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
+            losses, outputs = self._per_example_losses(model, batch)
+        loss = self.meta_module.reduce(losses, batch, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
+        """As in Trainer, without the columns that only the meta module reads."""
+        return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
+
+    def _per_example_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
+        if "labels" not in batch:
+            raise ValueError(f"Weighing examples needs a column `labels`, got the columns {sorted(batch)}.")
+        outputs = model(**self._model_inputs(batch))
+        losses = self.per_example_loss(outputs, batch["labels"])
+        if not self._loss_checked:
+            check_agreement(losses, outputs["loss"] if isinstance(outputs, dict) else outputs[0])
+            self._loss_checked = True
+        return losses, outputs
+
+    def _unperturbed_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Per-example losses ``[N]`` of the model as it stands, seen with the candidates' random numbers."""
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        with torch.no_grad(), preserved_random_state([self.args.device]):
+            batch = self.meta_module.transform_batch(dict(batch))
+            with self.meta_module.attach(model, batch), self.compute_loss_context_manager():
+                losses, _ = self._per_example_losses(model, batch)
+            for buffer, original in buffers:
+                buffer.copy_(original)
+        return losses
+
+    def _model_inputs(self, batch: Batch) -> Batch:
+        if self.meta_module is None:
+            return batch
+        hidden = {*self.meta_module.batch_columns, UNPERTURBED_LOSSES}
+        return {key: value for key, value in batch.items() if key not in hidden}
+
+    @contextmanager
+    def _open_doors(self) -> Iterator[None]:
+        self._doors_open = True
+        try:
+            yield
+        finally:
+            self._doors_open = False
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.meta_module is not None:
+            missing = [c for c in self.meta_module.batch_columns if c not in self._signature_columns]
+            self._signature_columns += missing
+
+    # ------------------------------------------------------------------------------------- optimizer, schedule and logs
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The base optimizer as in Trainer, and the meta optimizer beside it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.meta_module is not None and self.meta_optimizer is None:
+            self._create_meta_optimizer()
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """The base schedule as in Trainer, and the meta schedule beside it."""
+        scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
+        if self.meta_module is not None:
+            if self.meta_optimizer is None:
+                self._create_meta_optimizer()
+            self.meta_lr_scheduler = create_meta_scheduler(self.args, self.meta_optimizer, num_training_steps)
+            self._last_meta_step_at = None
+        return scheduler
+
+    def _create_meta_optimizer(self) -> None:
+        if self.args.world_size > 1:
+            for tensor in (*self.meta_module.parameters(), *self.meta_module.buffers()):
+                broadcast(tensor.data)
+        self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in Trainer; the training loss comes with the means of the meta steps since the last log."""
+        if self.meta_module is not None and "loss" in logs:
+            logs.update(self._meta_metrics.take())
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------------------------------- checkpoints and cards
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.meta_module is not None and self.args.should_save:
+            self.meta_module.save_pretrained(Path(output_dir or self.args.output_dir) / META_MODULE_FOLDER)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.meta_module is not None and self.args.should_save:
+            torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self._load_meta_module(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_meta_module(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.meta_module is not None and checkpoint is not None:
+            self._load_meta_state(Path(checkpoint))
+
+    def _load_meta_module(self, folder: str) -> None:
+        if self.meta_module is not None:
+            self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
+
+    def _meta_state(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.meta_optimizer.state_dict(),
+            "scheduler": self.meta_lr_scheduler.state_dict(),
+            "scaler": self.meta_scaler.state_dict(),
+            "num_meta_steps": self._num_meta_steps,
+            "meta_batches_read": 0 if self.meta_data is None else self.meta_data.batches_read,
+        }
+
+    def _load_meta_state(self, checkpoint: Path) -> None:
+        file = checkpoint / META_STATE_NAME
+        if not file.is_file():
+            if (checkpoint / OPTIMIZER_NAME).is_file():
+                raise ValueError(f"{checkpoint} was saved without a meta module: it has no {META_STATE_NAME}.")
+            logger.warning(f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does.")
+            return
+        state = torch.load(file, map_location=self.args.device, weights_only=True)
+        self.meta_optimizer.load_state_dict(state["optimizer"])
+        self.meta_lr_scheduler.load_state_dict(state["scheduler"])
+        self.meta_scaler.load_state_dict(state["scaler"])
+        self._num_meta_steps = state["num_meta_steps"]
+        if self.meta_data is not None:
+            self.meta_data.seek(state["meta_batches_read"])
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.meta_module is not None and self.is_world_process_zero():
+            source = Path(checkpoint_folder) / META_MODULE_FOLDER
+            shutil.copytree(source, Path(self.args.output_dir) / META_MODULE_FOLDER, dirs_exist_ok=True)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's model card, with a section on the meta module."""
+        super().create_model_card(*args, **kwargs)
+        if self.meta_module is not None and self.is_world_process_zero():
+            add_meta_section(Path(self.args.output_dir) / "README.md", self.meta_module, self.args)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep autograd from recording graphs through `parameters`."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def _training_mode(*modules: nn.Module) -> Iterator[None]:
+    """Train mode for a while; every submodule gets its own mode back."""
+    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
+    for module in modules:
+        module.train()
+    try:
+        yield
+    finally:
+        for submodule, mode in modes:
+            submodule.training = mode
