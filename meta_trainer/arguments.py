@@ -33,7 +33,8 @@ class MetaTrainingArguments(TrainingArguments):
         default=0.05, metadata={"help": "evograd: temperature of the softmax over candidate losses."}
     )
     noise: str = field(
-        default="sign", metadata={"help": f"evograd: distribution of the perturbations: one of {', '.join(NOISE_NAMES)}."}
+        default="sign",
+        metadata={"help": f"evograd: distribution of the perturbations: one of {', '.join(NOISE_NAMES)}."},
     )
     perturb: list[str] = field(
         default_factory=lambda: ["all"],
@@ -49,7 +50,8 @@ class MetaTrainingArguments(TrainingArguments):
     )
     meta_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the meta module."})
     meta_lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Schedule of the meta learning rate, by a name that `lr_scheduler_type` takes."}
+        default="constant",
+        metadata={"help": "Schedule of the meta learning rate, by a name that `lr_scheduler_type` takes."},
     )
     meta_warmup_steps: float = field(
         default=0,
@@ -97,6 +99,16 @@ class MetaTrainingArguments(TrainingArguments):
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments, **settings: Any) -> MetaTrainingArguments:
-        """Give plain `TrainingArguments` the meta settings, at their defaults where `settings` has no other."""
+        """Give plain `TrainingArguments` the meta settings, at their defaults where `settings` has no other.
+
+        Raises:
+            ValueError: If `args` are of a subclass with fields of its own.
+        """
         plain = {f.name: getattr(args, f.name) for f in fields(args) if f.init}
+        unknown = sorted(plain.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"{type(args).__name__} has the fields {unknown}, which {cls.__name__} has not. "
+                f"Derive your arguments from both: class Arguments({cls.__name__}, {type(args).__name__})."
+            )
         return cls(**{**plain, **settings})

@@ -19,7 +19,9 @@ def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.P
     meta_args.optim, meta_args.learning_rate = args.meta_optim, args.meta_learning_rate
     meta_args.optim_args = None
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(meta_args)
-    optimizer: torch.optim.Optimizer = kind([{"params": list(parameters), "weight_decay": args.meta_weight_decay}], **kwargs)
+    optimizer: torch.optim.Optimizer = kind(
+        [{"params": list(parameters), "weight_decay": args.meta_weight_decay}], **kwargs
+    )
     return optimizer
 
 
@@ -57,7 +59,8 @@ def apply_hypergradient(
         The norm before clipping, and whether the step was taken.
     """
     for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = scaler.scale(grad.to(parameter.dtype))
+        # A copy, as clipping works in place.
+        parameter.grad = scaler.scale(grad.to(parameter.dtype, copy=True))
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or math.inf)
     finite = bool(torch.isfinite(norm))

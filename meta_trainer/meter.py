@@ -21,9 +21,9 @@ MEMORY_STEP = WARM_UP_STEPS + 1  # Adam makes its state in the first step, so it
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of the tensors that are created while the mode is active and still alive.
 
-    A storage counts once, from the operator that returns it until it is freed; views and in-place results
-    share the storage of an input and add nothing. What was allocated before is not seen, nor the workspace that
-    a kernel frees before it returns, nor sparse tensors.
+    A storage counts once, from the operator that returns it until it is freed; views and in-place
+    results share the storage of an input and add nothing. What was allocated before is not seen, nor the
+    workspace that a kernel frees before it returns, nor sparse tensors.
 
     Attributes:
         live: bytes alive now.
@@ -67,18 +67,19 @@ def _storages(tree: Any) -> Iterator[torch.UntypedStorage]:
 class StepMeter(TrainerCallback):
     """Measure the wall time and the peak memory of an optimizer step.
 
-    A step holds all its micro-batches and the meta step; logging, evaluation and saving happen between steps. The
-    first two steps warm up. Memory is taken in the third one, which is left out of the timing because counting
-    slows it down; the time is the median over all later ones. Where only some steps hold a meta step
-    (``meta_every > 1``), the median describes the more frequent kind. Every ``train()`` measures anew.
+    A step holds all its micro-batches and the meta step; logging, evaluation and saving happen between
+    steps. The first two steps warm up. Memory is taken in the third one, which is left out of the timing
+    because counting slows it down; the time is the median over all later ones. Where only some steps
+    hold a meta step (``meta_every > 1``), the median describes the more frequent kind. Every ``train()``
+    measures anew.
 
-    On CUDA, memory is ``torch.cuda.max_memory_allocated`` during the step, parameters and optimizer state
-    included. Elsewhere it is the peak of :class:`LiveBytes`: what the step needs *above* all that lived before it,
-    so activations, gradients and perturbations, but not parameters and optimizer state.
+    On CUDA, memory is ``torch.cuda.max_memory_allocated`` during the step, parameters and optimizer
+    state included. Elsewhere it is the peak of :class:`LiveBytes`: what the step needs *above* all that
+    lived before it, so activations, gradients and perturbations, but not parameters and optimizer state.
 
-    A Trainer tells its callbacks nothing when a step raises. The counting mode of an interrupted step is closed by
-    the next training with the same meter; where the process goes on without one, use the meter as a context
-    manager::
+    A Trainer tells its callbacks nothing when a step raises. The counting mode of an interrupted step is
+    closed by the next training with the same meter; where the process goes on without one, use the meter
+    as a context manager::
 
         with StepMeter() as meter:
             Trainer(..., callbacks=[meter]).train()
@@ -122,9 +123,7 @@ class StepMeter(TrainerCallback):
             self._begin_memory(args.device)
         self._started = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop what ``on_step_begin`` started."""
         _synchronize(args.device)
         if self._steps == MEMORY_STEP:

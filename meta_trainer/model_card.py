@@ -40,12 +40,16 @@ def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainin
     card = ModelCard.load(card_file, ignore_metadata_errors=True)
     settings = ("hypergradient", *_BY_ESTIMATOR.get(args.hypergradient, ()), *_COMMON)
     members = list(meta_module) if isinstance(meta_module, MetaModuleList) else [meta_module]
-    card.text = card.text.rstrip() + "\n" + _SECTION.format(
-        name=" and a ".join(type(member).__name__ for member in members),
-        kind=type(meta_module).__name__,
-        count=_num_parameters(meta_module),
-        estimator=args.hypergradient,
-        rows="\n".join(f"| `{name}` | {getattr(args, name)} |" for name in settings),
+    card.text = (
+        card.text.rstrip()
+        + "\n"
+        + _SECTION.format(
+            name=" and a ".join(type(member).__name__ for member in members),
+            kind=type(meta_module).__name__,
+            count=_num_parameters(meta_module),
+            estimator=args.hypergradient,
+            rows="\n".join(f"| `{name}` | {getattr(args, name)} |" for name in settings),
+        )
     )
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
     card.save(card_file)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
 from meta_trainer.version import __version__
@@ -72,7 +73,7 @@ def environment() -> dict[str, str]:
 
 
 def results_table(results: Sequence[MethodResult], metric: str, title: str) -> Table:
-    """Lay out one row a method: metric, time per step and peak memory; in brackets, relative to the first row.
+    """Lay out one row a method: metric, time per step, peak memory; in brackets, relative to the first row.
 
     Raises:
         ValueError: Where there is no result, or one without ``metric``.
@@ -93,7 +94,7 @@ def results_table(results: Sequence[MethodResult], metric: str, title: str) -> T
 
 
 def write_results(results: Sequence[MethodResult], path: Path, **extra: Any) -> None:
-    """Write the results, the environment and ``extra`` as JSON; numbers that are not finite become ``null``."""
+    """Write the results, the environment and ``extra`` as JSON; a number that is not finite is ``null``."""
     content = dict(environment=environment(), results=[asdict(result) for result in results], **extra)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -115,11 +116,10 @@ def draw_results(results: Sequence[MethodResult], metric: str, path: Path) -> No
         panels.append(lambda axes: _draw_metric(axes, results, metric))
     panels.append(lambda axes: _draw_bars(axes, results, metric))
 
-    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels), 3.8), layout=ConstrainedLayoutEngine(w_pad=0.1))
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         draw(axes)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.get_layout_engine().set(w_pad=0.1)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png", dpi=150)
 
@@ -146,9 +146,7 @@ def _number(value: float, pattern: str) -> str:
 def _cost(value: float, reference: float, pattern: str) -> str:
     ratio = value / reference if reference else math.nan
     return (
-        f"{_number(value, pattern)} {_number(ratio, '({:.2f}×)')}"
-        if math.isfinite(ratio)
-        else _number(value, pattern)
+        f"{_number(value, pattern)} {_number(ratio, '({:.2f}×)')}" if math.isfinite(ratio) else _number(value, pattern)
     )
 
 
@@ -178,9 +176,7 @@ def _draw_losses(axes: Axes, results: Sequence[MethodResult]) -> None:
         for key, name, style in (("loss", "training", "-"), ("meta/loss", "meta", "--")):
             steps, values = _curve(result, key)
             if steps:
-                axes.plot(
-                    steps, values, style, color=_colour(i), label=f"{result.name}, {name}", **_marker(steps)
-                )
+                axes.plot(steps, values, style, color=_colour(i), label=f"{result.name}, {name}", **_marker(steps))
     axes.set(title="Loss", xlabel="optimizer step", ylabel="loss")
     axes.legend(frameon=False, fontsize="small")
 

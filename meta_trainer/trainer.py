@@ -69,6 +69,14 @@ class MetaTrainer(Trainer):
         NotImplementedError: If the engine is one that meta steps do not run on.
     """
 
+    args: MetaTrainingArguments
+    model: nn.Module
+    # None in a plain Trainer.
+    meta_module: MetaModule = None  # type: ignore[assignment]
+    meta_optimizer: torch.optim.Optimizer = None  # type: ignore[assignment]
+    # None before `train()`.
+    meta_lr_scheduler: torch.optim.lr_scheduler.LRScheduler = None  # type: ignore[assignment]
+
     def __init__(
         self,
         model: Any = None,
@@ -83,7 +91,6 @@ class MetaTrainer(Trainer):
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
-        self.meta_module: MetaModule | None = None
         super().__init__(model, args, *positional, **keywords)
         if meta_module is not None:
             module = meta_module if isinstance(meta_module, MetaModule) else MetaModuleList(meta_module)
@@ -109,14 +116,17 @@ class MetaTrainer(Trainer):
         select_parameters(self.model, self.args.perturb)
 
         self.meta_module = meta_module.to(self.args.device)
-        self.meta_optimizer: torch.optim.Optimizer | None = None
-        self.meta_lr_scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+        self._broadcast_meta_module()
+        self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
         smoothing = self.args.label_smoothing_factor
         self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
         self.meta_data = None if meta_dataset is None else self._create_meta_data(meta_dataset)
+        if meta_module.has_loss_door:
+            # The objective is a mean over each micro-batch; Trainer divides it by their number.
+            self.loss_is_scaled_for_ga = False
         self._meta_metrics = MetaMetrics()
         self._doors_open = False
         self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
@@ -157,7 +167,6 @@ class MetaTrainer(Trainer):
             self._last_meta_step_at = self.state.global_step
         inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         if self.meta_module.has_loss_door:
-            # The objective is a mean over the micro-batch, which Trainer divides by their number if told of no other.
             num_items_in_batch = None
         with self._open_doors(), _frozen(self.meta_parameters):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -177,8 +186,6 @@ class MetaTrainer(Trainer):
         """
         if self.meta_module is None:
             raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
-        if self.meta_optimizer is None:
-            self._create_meta_optimizer()
         base_model = self.accelerator.unwrap_model(model)
         with preserved_random_state([self.args.device]), _training_mode(base_model, self.meta_module):
             batch, meta_batch = self._meta_step_batches(inputs)
@@ -195,7 +202,7 @@ class MetaTrainer(Trainer):
     @property
     def meta_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the meta module."""
-        return [] if self.meta_module is None else [p for p in self.meta_module.parameters() if p.requires_grad]
+        return [p for p in self.meta_module.parameters() if p.requires_grad]
 
     def _meta_step_is_due(self) -> bool:
         step = self.state.global_step
@@ -216,7 +223,7 @@ class MetaTrainer(Trainer):
     def _bilevel_problem(
         self, model: nn.Module, theta: list[nn.Parameter], batch: Batch, meta_batch: Batch
     ) -> BilevelProblem:
-        if self.meta_module is not None and self.meta_module.reads_unperturbed_losses:
+        if self.meta_module.reads_unperturbed_losses:
             batch = {**batch, UNPERTURBED_LOSSES: self._unperturbed_losses(model, batch)}
 
         def train_loss() -> Tensor:
@@ -254,7 +261,7 @@ class MetaTrainer(Trainer):
             self.meta_parameters, result.grads, self.meta_optimizer, self.meta_scaler, self.args.meta_max_grad_norm
         )
         rate = self.meta_optimizer.param_groups[0]["lr"]
-        if self.meta_lr_scheduler is not None:
+        if stepped and self.meta_lr_scheduler is not None:
             self.meta_lr_scheduler.step()
         skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
         self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
@@ -287,7 +294,7 @@ class MetaTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, without the columns that only the meta module reads."""
+        """As in Trainer, without the columns that only the meta step reads."""
         return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
 
     def _per_example_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
@@ -305,16 +312,18 @@ class MetaTrainer(Trainer):
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         with torch.no_grad(), preserved_random_state([self.args.device]):
             batch = self.meta_module.transform_batch(dict(batch))
-            with self.meta_module.attach(model, batch), self.compute_loss_context_manager():
-                losses, _ = self._per_example_losses(model, batch)
-            for buffer, original in buffers:
-                buffer.copy_(original)
+            try:
+                with self.meta_module.attach(model, batch), self.compute_loss_context_manager():
+                    losses, _ = self._per_example_losses(model, batch)
+            finally:
+                for buffer, original in buffers:
+                    buffer.copy_(original)
         return losses
 
     def _model_inputs(self, batch: Batch) -> Batch:
         if self.meta_module is None:
             return batch
-        hidden = {*self.meta_module.batch_columns, UNPERTURBED_LOSSES}
+        hidden = {*self.meta_module.batch_columns, UNPERTURBED_LOSSES, META_BATCH}
         return {key: value for key, value in batch.items() if key not in hidden}
 
     @contextmanager
@@ -328,33 +337,25 @@ class MetaTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if self.meta_module is not None:
-            missing = [c for c in self.meta_module.batch_columns if c not in self._signature_columns]
-            self._signature_columns += missing
+            known: list[str] = self._signature_columns or []
+            extra = [column for column in self.meta_module.batch_columns if column not in known]
+            self._signature_columns = [*known, *extra]  # type: ignore[assignment]
 
     # ------------------------------------------------------------------------------------- optimizer, schedule and logs
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The base optimizer as in Trainer, and the meta optimizer beside it."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        if self.meta_module is not None and self.meta_optimizer is None:
-            self._create_meta_optimizer()
-        return optimizer
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The base schedule as in Trainer, and the meta schedule beside it."""
         scheduler = super().create_scheduler(num_training_steps, *args, **kwargs)
         if self.meta_module is not None:
-            if self.meta_optimizer is None:
-                self._create_meta_optimizer()
             self.meta_lr_scheduler = create_meta_scheduler(self.args, self.meta_optimizer, num_training_steps)
             self._last_meta_step_at = None
         return scheduler
 
-    def _create_meta_optimizer(self) -> None:
+    def _broadcast_meta_module(self) -> None:
+        """Start every replica from the parameters of the first one."""
         if self.args.world_size > 1:
             for tensor in (*self.meta_module.parameters(), *self.meta_module.buffers()):
                 broadcast(tensor.data)
-        self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer; the training loss comes with the means of the meta steps since the last log."""
@@ -367,7 +368,7 @@ class MetaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
-            self.meta_module.save_pretrained(Path(output_dir or self.args.output_dir) / META_MODULE_FOLDER)
+            self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -380,12 +381,15 @@ class MetaTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_meta_module(self.state.best_model_checkpoint)
+        self._load_meta_module(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.meta_module is not None and checkpoint is not None:
             self._load_meta_state(Path(checkpoint))
+
+    def _folder(self, output_dir: str | None = None) -> Path:
+        return Path(output_dir or str(self.args.output_dir))
 
     def _load_meta_module(self, folder: str) -> None:
         if self.meta_module is not None:
@@ -405,7 +409,9 @@ class MetaTrainer(Trainer):
         if not file.is_file():
             if (checkpoint / OPTIMIZER_NAME).is_file():
                 raise ValueError(f"{checkpoint} was saved without a meta module: it has no {META_STATE_NAME}.")
-            logger.warning(f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does.")
+            logger.warning(
+                f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
+            )
             return
         state = torch.load(file, map_location=self.args.device, weights_only=True)
         self.meta_optimizer.load_state_dict(state["optimizer"])
@@ -418,14 +424,14 @@ class MetaTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.meta_module is not None and self.is_world_process_zero():
             source = Path(checkpoint_folder) / META_MODULE_FOLDER
-            shutil.copytree(source, Path(self.args.output_dir) / META_MODULE_FOLDER, dirs_exist_ok=True)
+            shutil.copytree(source, self._folder() / META_MODULE_FOLDER, dirs_exist_ok=True)
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's model card, with a section on the meta module."""
         super().create_model_card(*args, **kwargs)
         if self.meta_module is not None and self.is_world_process_zero():
-            add_meta_section(Path(self.args.output_dir) / "README.md", self.meta_module, self.args)
+            add_meta_section(self._folder() / "README.md", self.meta_module, self.args)
 
 
 @contextmanager

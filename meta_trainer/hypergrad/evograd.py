@@ -56,7 +56,7 @@ def evograd(
         losses = problem.mean(losses)  # [K]
         weights = torch.softmax(-losses / temperature, dim=0)  # [K]
 
-        sandbox.move_to(*(torch._foreach_mul(e, w) for e, w in zip(perturbations, weights, strict=True)))
+        sandbox.move_to(*(torch._foreach_mul(perturbations[k], weights[k]) for k in range(num_candidates)))
         sandbox.differentiate_theta(True)
         val_loss = sandbox.val_loss()
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))

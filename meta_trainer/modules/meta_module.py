@@ -18,6 +18,8 @@ Batch = dict[str, Any]
 UNPERTURBED_LOSSES = "unperturbed_losses"
 """Batch key under which a candidate finds the per-example losses of the unperturbed model."""
 
+_DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+
 
 class MetaModule(
     nn.Module,
@@ -72,7 +74,9 @@ class MetaModule(
 
     def to_config(self) -> dict[str, Any]:
         """What :meth:`from_config` needs to build this module again, parameters aside."""
-        return {"meta_module": type(self).__name__, **(self._hub_mixin_config or {})}
+        # The mixin keeps the constructor's arguments.
+        arguments: dict[str, Any] = self._hub_mixin_config or {}  # type: ignore[assignment]
+        return {"meta_module": type(self).__name__, **arguments}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MetaModule:
@@ -95,17 +99,23 @@ class MetaModule(
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``model.safetensors``; arguments as in `huggingface_hub.ModelHubMixin`."""
-        return super().save_pretrained(save_directory, **{"config": self.to_config(), **kwargs})
+        # `push_to_hub` passes config=None for none of its own.
+        kwargs["config"] = kwargs.get("config") or self.to_config()
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_model(self, str(save_directory / constants.SAFETENSORS_SINGLE_FILE))
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: dict[str, Any] | None = None, **kwargs: Any) -> Self:
-        module = cls.from_config(config or {})
+        download = {key: kwargs.pop(key) for key in _DOWNLOAD_SETTINGS}
+        # What is left are the constructor's arguments, as the caller wants them.
+        module = cls.from_config({**(config or {}), **kwargs})
         if not isinstance(module, cls):
-            raise ValueError(f"{model_id} holds a {type(module).__name__}, not a {cls.__name__}. Load it with its own class.")
-        module.load_weights(_weights_file(model_id, **kwargs))
+            raise ValueError(
+                f"{model_id} holds a {type(module).__name__}, not a {cls.__name__}. Load it with its own class."
+            )
+        module.load_weights(_weights_file(model_id, **download))
         return module
 
     def load_weights(self, file: str | Path) -> None:
@@ -128,9 +138,7 @@ def _all_subclasses(kind: type[MetaModule]) -> Iterator[type[MetaModule]]:
         yield from _all_subclasses(subclass)
 
 
-def _weights_file(model_id: str, **kwargs: Any) -> str:
+def _weights_file(model_id: str, **download: Any) -> str:
     if Path(model_id).is_dir():
         return str(Path(model_id) / constants.SAFETENSORS_SINGLE_FILE)
-    download = {key: kwargs.get(key) for key in ("revision", "cache_dir", "token")}
-    flags = {key: bool(kwargs.get(key)) for key in ("force_download", "local_files_only")}
-    return str(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **download, **flags))
+    return str(hf_hub_download(model_id, constants.SAFETENSORS_SINGLE_FILE, **download))

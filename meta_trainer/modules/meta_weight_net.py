@@ -47,7 +47,7 @@ class MetaWeightNet(MetaModule):
                 f"MetaWeightNet expects one loss per example, shape [N], got {list(losses.shape)}. "
                 "Flatten the losses of tokens, without the ignored ones."
             )
-        inputs = losses.detach().to(self.network[0].weight.dtype)
+        inputs = losses.detach().to(next(self.parameters()).dtype)
         return self.network(inputs.unsqueeze(1)).squeeze(1).to(losses.dtype)
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:

@@ -1,0 +1,74 @@
+"""The command line: ``meta-trainer train --config RECIPE [--key value ...]`` and ``meta-trainer list``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from meta_trainer.version import __version__
+
+EXIT_WRONG_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; wrong input ends in one message and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="meta-trainer",
+        description="Gradient-based meta-learning for Hugging Face Trainer.",
+        epilog="`meta-trainer train --help` shows the settings of a run.",
+    )
+    parser.add_argument("--version", action="version", version=f"meta-trainer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="name the recipes that come with the package")
+    train = commands.add_parser("train", help="run a recipe", add_help=False)
+    train.add_argument("--config", help="recipe: a YAML file, or a name that `meta-trainer list` shows")
+    train.add_argument("-h", "--help", action="store_true", help="show the settings of a run")
+    train.add_argument("--help-all", action="store_true", help="show also every field of TrainingArguments")
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "list":
+        if rest:
+            parser.error(f"`list` takes no arguments, got {' '.join(rest)}")
+        return _list()
+    if options.help or options.help_all:
+        return _help(options.help_all)
+    return _train(options.config, rest)
+
+
+def _train(config: str | None, overrides: list[str]) -> int:
+    # Reading settings needs no more than a second; torch and the tasks are loaded only for a run.
+    from meta_trainer.recipe import read_recipe
+    from meta_trainer.run import prepare, run
+
+    console = Console()
+    try:
+        if config is None and not overrides:
+            raise ValueError("Nothing to train: give a recipe, `meta-trainer train --config RECIPE`.")
+        recipe = read_recipe(config, overrides)
+        methods = prepare(recipe)
+    except (ValueError, OSError, NotImplementedError) as error:
+        print(f"meta-trainer: error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+    run(recipe, methods, console)
+    return 0
+
+
+def _list() -> int:
+    from meta_trainer.recipe import list_recipes
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it does")
+    for name, description in list_recipes():
+        table.add_row(name, description)
+    Console().print(table)
+    return 0
+
+
+def _help(everything: bool) -> int:
+    from meta_trainer.recipe import make_parser
+
+    parser = make_parser()
+    print(parser.format_help() if everything else parser.format_short_help())
+    return 0

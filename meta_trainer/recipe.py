@@ -1,0 +1,150 @@
+"""A recipe: flat settings from a YAML file and the command line, checked before anything is loaded."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.settings_parser import SettingsParser
+from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.ner import NerArguments
+
+PACKAGE = Path(__file__).parent
+META_MODULES = ("representation_transform", "meta_weight_net")
+
+
+@dataclass
+class RunArguments:
+    """What a run does and how it is called."""
+
+    task: Literal["ner"] = field(default="ner", metadata={"help": "ner: cross-lingual named entity recognition."})
+    description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
+    method: str = field(default="this recipe", metadata={"help": "Name of the method in tables and pictures."})
+    compare_with_baseline: bool = field(
+        default=False,
+        metadata={"help": "Also train the same model without the meta module, first, into <output_dir>/baseline."},
+    )
+
+    _argument_group_name = "run"
+
+
+@dataclass
+class MetaModuleArguments:
+    """Which meta module is learned, and its sizes."""
+
+    meta_module: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Meta modules to learn, of {', '.join(META_MODULES)}; none for plain training."},
+    )
+    rtn_layers: list[str] = field(
+        default_factory=lambda: ["-1"],
+        metadata={
+            "help": "representation_transform: layers to transform, by number (1 is the first, -1 the last) or name."
+        },
+    )
+    rtn_bottleneck_size: int = field(
+        default=384, metadata={"help": "representation_transform: size of the bottleneck."}
+    )
+    weight_net_hidden_size: int = field(default=100, metadata={"help": "meta_weight_net: size of the hidden layer."})
+    weight_net_loss_input: Literal["unperturbed", "candidate"] = field(
+        default="unperturbed",
+        metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
+    )
+
+    _argument_group_name = "meta module"
+
+    def __post_init__(self) -> None:
+        """Refuse unknown meta modules and sizes below one."""
+        for name in self.meta_module:
+            if name not in META_MODULES:
+                raise ValueError(f"`meta_module` should be among {', '.join(META_MODULES)}, got {name!r}.")
+        for name in ("rtn_bottleneck_size", "weight_net_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` should be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def layers(self) -> list[int | str]:
+        """`rtn_layers`, numbers as numbers."""
+        return [int(layer) if layer.lstrip("-").isdigit() else layer for layer in self.rtn_layers]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `settings` holds every key with its resolved value, as a YAML file would."""
+
+    run: RunArguments
+    task: NerArguments
+    model: ModelArguments
+    module: MetaModuleArguments
+    training: MetaTrainingArguments
+    settings: dict[str, Any]
+
+
+def make_parser() -> SettingsParser:
+    """Parser of all keys that a recipe may have."""
+    kinds = (RunArguments, NerArguments, ModelArguments, MetaModuleArguments, MetaTrainingArguments)
+    return SettingsParser(kinds, prog="meta-trainer train")
+
+
+def read_recipe(config: str | None, overrides: list[str]) -> Recipe:
+    """Read a recipe file and the command line, which wins.
+
+    Args:
+        config: A path, or the name of a recipe that comes with the package, such as ``ner/metaxl_evograd.yaml``.
+        overrides: ``["--key", "value", ...]``.
+
+    Raises:
+        ValueError: If a file is missing, a key unknown, a value of the wrong type, or a combination impossible.
+    """
+    parser = make_parser()
+    settings: dict[str, Any] = {}
+    if config is not None:
+        file = find_recipe(config)
+        settings = _read_yaml(file)
+        settings.setdefault("output_dir", f"runs/{file.stem}")
+    run, task, model, module, training = parser.parse(settings, overrides, source=str(config))
+    _check_combination(run, task, module)
+    return Recipe(run, task, model, module, training, parser.resolved)
+
+
+def recipes_folder() -> Path:
+    """Where the recipes lie: inside an installed package, or beside it in a checkout."""
+    installed = PACKAGE / "recipes"
+    return installed if installed.is_dir() else PACKAGE.parent / "recipes"
+
+
+def find_recipe(config: str) -> Path:
+    """File of a recipe, by path or by its name among the recipes of the package."""
+    name = Path(config)
+    relative = Path(*name.parts[1:]) if name.parts[:1] == ("recipes",) else name
+    for file in (name, recipes_folder() / relative, recipes_folder() / f"{relative}.yaml"):
+        if file.is_file():
+            return file
+    raise ValueError(
+        f"There is no recipe {config!r}, neither as a file nor among those of the package. See `meta-trainer list`."
+    )
+
+
+def list_recipes() -> list[tuple[str, str]]:
+    """Name and description of every recipe of the package."""
+    folder = recipes_folder()
+    files = sorted(folder.rglob("*.yaml"))
+    settings = [(file, _read_yaml(file)) for file in files]
+    return [(f.relative_to(folder).as_posix(), s["description"]) for f, s in settings if "description" in s]
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} should hold `key: value` lines, got {type(settings).__name__}.")
+    return settings
+
+
+def _check_combination(run: RunArguments, task: NerArguments, module: MetaModuleArguments) -> None:
+    if run.compare_with_baseline and not module.meta_module:
+        raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")

@@ -1,0 +1,143 @@
+"""Run a recipe: from its settings to trained models, a table, a picture and a JSON file."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import PreTrainedModel, set_seed
+
+from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.meter import StepMeter
+from meta_trainer.modules import MetaModule, MetaWeightNet, RepresentationTransform
+from meta_trainer.recipe import MetaModuleArguments, Recipe
+from meta_trainer.report import MethodResult, draw_results, results_table, write_results
+from meta_trainer.tasks import Task
+from meta_trainer.tasks.ner import build_ner_task
+from meta_trainer.trainer import MetaTrainer
+
+BASELINE = "joint training"
+
+
+@dataclass(frozen=True)
+class PreparedMethod:
+    """A method that is ready to train."""
+
+    name: str
+    task: Task
+    trainer: MetaTrainer
+    meter: StepMeter
+
+
+def prepare(recipe: Recipe) -> list[PreparedMethod]:
+    """Load data and models of every method that the recipe trains, in the order of training.
+
+    Raises:
+        ValueError: If data, model and settings do not fit together.
+    """
+    methods = [_prepare_method(recipe, recipe.run.method, recipe.training, recipe.module.meta_module)]
+    if recipe.run.compare_with_baseline:
+        training = copy.copy(recipe.training)
+        training.output_dir = str(Path(str(recipe.training.output_dir)) / "baseline")
+        methods.insert(0, _prepare_method(recipe, BASELINE, training, []))
+    return methods
+
+
+def run(recipe: Recipe, methods: list[PreparedMethod], console: Console) -> list[MethodResult]:
+    """Train and score every method; write the report into the recipe's output folder and print its table."""
+    results = []
+    for method in methods:
+        if method.trainer.is_world_process_zero():
+            console.rule(method.name)
+        results.append(_train(method))
+    if methods[0].trainer.is_world_process_zero():
+        _write_report(recipe, results, methods[0].task.main_metric, console)
+    return results
+
+
+def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, seed: int) -> list[MetaModule]:
+    """The meta modules that a recipe names, of the sizes of `model`; the same for the same seed."""
+    builders: dict[str, Callable[[], MetaModule]] = {
+        "representation_transform": lambda: RepresentationTransform(
+            model.config.hidden_size, arguments.rtn_bottleneck_size, arguments.layers
+        ),
+        "meta_weight_net": lambda: MetaWeightNet(arguments.weight_net_hidden_size, arguments.weight_net_loss_input),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return [builders[name]() for name in arguments.meta_module]
+
+
+def _prepare_method(
+    recipe: Recipe, name: str, training: MetaTrainingArguments, meta_module_names: list[str]
+) -> PreparedMethod:
+    task = build_ner_task(
+        recipe.task,
+        recipe.model,
+        seed=training.seed,
+        with_meta=bool(meta_module_names),
+        meta_batch_size=training.per_device_meta_batch_size,
+    )
+    model = task.model_init()
+    modules = build_meta_modules(recipe.module, model, training.seed) if meta_module_names else []
+    meter = StepMeter()
+    trainer = MetaTrainer(
+        model=model,
+        args=training,
+        # A single module is saved under its own name, not as a list of one.
+        meta_module=modules[0] if len(modules) == 1 else modules or None,
+        meta_dataset=task.meta_dataset,
+        train_dataset=task.train_dataset,
+        eval_dataset=task.eval_dataset,
+        processing_class=task.processing_class,
+        data_collator=task.data_collator,
+        compute_metrics=task.compute_metrics,
+        callbacks=[meter],
+    )
+    return PreparedMethod(name, task, trainer, meter)
+
+
+def _train(method: PreparedMethod) -> MethodResult:
+    trainer, task = method.trainer, method.task
+    # What was built before must not change the random numbers of this training.
+    set_seed(trainer.args.seed)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint(trainer.args.resume_from_checkpoint))
+    seconds = time.perf_counter() - start
+    trainer.save_model()
+    dataset = task.test_dataset if task.test_dataset is not None else task.eval_dataset
+    metrics = {} if dataset is None else trainer.evaluate(dataset, metric_key_prefix="test")
+    scores = {key.removeprefix("test_"): float(value) for key, value in metrics.items()}
+    trainer.create_model_card(dataset_tags=None, tasks="token-classification")
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    return MethodResult(
+        name=method.name,
+        metrics=scores,
+        step_ms=method.meter.step_ms,
+        peak_memory_mib=method.meter.peak_memory_mib,
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        history=trainer.state.log_history,
+    )
+
+
+def _checkpoint(setting: str | None) -> str | bool | None:
+    """Trainer's `resume_from_checkpoint`: ``last`` stands for the last one in the output folder."""
+    return True if setting in ("last", "true", "True") else setting
+
+
+def _write_report(recipe: Recipe, results: list[MethodResult], metric: str, console: Console) -> None:
+    folder = Path(str(recipe.training.output_dir))
+    settings: dict[str, Any] = recipe.settings
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_results(results, folder / "results.json", metric=metric, settings=settings)
+    if all(metric in result.metrics for result in results):
+        draw_results(results, metric, folder / "results.png")
+        console.print(results_table(results, metric, recipe.run.description or recipe.run.method))
+    console.print(f"Model, meta module, model card and results are in [bold]{folder}[/bold].")

@@ -1,0 +1,119 @@
+"""HfArgumentParser over dataclasses, fed from flat settings and the command line, with errors that help."""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+# Of Trainer's many fields, those that a run is likely to set; the others stay out of the short help.
+COMMON_TRAINING_FIELDS = frozenset(
+    {
+        "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+        "gradient_accumulation_steps", "learning_rate", "weight_decay", "max_grad_norm", "optim", "lr_scheduler_type",
+        "warmup_steps", "seed", "bf16", "fp16", "use_cpu", "logging_steps", "eval_strategy", "eval_steps",
+        "save_strategy", "save_steps", "save_total_limit", "load_best_model_at_end", "resume_from_checkpoint",
+        "report_to", "push_to_hub", "hub_model_id",
+    }
+)  # fmt: skip
+
+
+class SettingsParser(HfArgumentParser):
+    """Parse settings into dataclasses.
+
+    Args:
+        kinds: The dataclasses; their fields are the keys, each in one dataclass only.
+        **keywords: Of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, kinds: Iterable[Any], **keywords: Any) -> None:
+        self.kinds = list(kinds)
+        # An abbreviated key would be taken for the wrong one as soon as a field is added.
+        super().__init__(self.kinds, allow_abbrev=False, **keywords)
+        hints = {name: hint for kind in self.kinds for name, hint in get_type_hints(kind).items()}
+        self._trainer_fields = set(get_type_hints(TrainingArguments))
+        self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
+        self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
+        self._mappings = {
+            name for name, hint in hints.items() if any("dict" in str(h) for h in (hint, *get_args(hint)))
+        }
+
+    def parse(self, settings: dict[str, Any], overrides: Sequence[str], source: str) -> tuple[Any, ...]:
+        """Dataclass instances of `settings`, a file's content, overridden by command-line arguments.
+
+        Every key with its resolved value is kept in `self.resolved`.
+
+        Raises:
+            ValueError: If a key is unknown, or a value has the wrong type or is refused by its dataclass.
+        """
+        for key in settings:
+            if key not in self._actions_by_key:
+                raise ValueError(f"{source}: unknown key {key!r}.{self._suggestion(key)}")
+        self.set_defaults(**{key: self._converted(key, value, source) for key, value in settings.items()})
+        for action in self._actions:
+            action.required = False
+        namespace, unknown = self.parse_known_args(list(overrides))
+        if unknown:
+            flag = unknown[0]
+            if not flag.startswith("--"):
+                raise ValueError(f"Unexpected argument {flag!r}. Settings are given as `--key value`.")
+            raise ValueError(f"Unknown key {flag!r}.{self._suggestion(flag.lstrip('-').split('=')[0])}")
+        self.resolved = {key: value for key, value in vars(namespace).items() if key in self._actions_by_key}
+        return tuple(self._instantiate(kind) for kind in self.kinds)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what `argparse` finds wrong, without its page of usage."""
+        raise ValueError(message.removeprefix("argument "))
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """The value of one argument; `none` empties a setting that may be empty."""
+        if arg_string == "none" and action.dest in self._optional and action.dest not in self._trainer_fields:
+            return None
+        return super()._get_value(action, arg_string)
+
+    def format_short_help(self) -> str:
+        """Help without Trainer's less common fields."""
+        for action in self._actions:
+            if action.dest in self._trainer_fields - COMMON_TRAINING_FIELDS or action.option_strings[0].startswith(
+                "--no_"
+            ):
+                action.help = argparse.SUPPRESS
+        self.usage = "meta-trainer train [--config RECIPE] [--key value ...]"
+        return self.format_help()
+
+    def _instantiate(self, kind: Any) -> Any:
+        names = {name for name, f in kind.__dataclass_fields__.items() if f.init}
+        return kind(**{key: value for key, value in self.resolved.items() if key in names})
+
+    def _converted(self, key: str, value: Any, source: str) -> Any:
+        """`value` as the command line would have given it."""
+        action = self._actions_by_key[key]
+        if value is None:
+            if key not in self._optional:
+                raise ValueError(f"{source}: `{key}` should have a value, got none.")
+            return None
+        if isinstance(value, dict):
+            if key not in self._mappings:
+                raise ValueError(f"{source}: `{key}` should be a plain value, got a mapping.")
+            return json.dumps(value)
+        if action.nargs == "+":
+            items = value if isinstance(value, list) else [value]
+            return [self._item(action, item, source) for item in items]
+        if isinstance(value, list):
+            raise ValueError(f"{source}: `{key}` should be a single value, got a list.")
+        return self._item(action, value, source)
+
+    def _item(self, action: argparse.Action, value: Any, source: str) -> Any:
+        try:
+            item = self._get_value(action, str(value))
+            self._check_value(action, item)
+        except argparse.ArgumentError as error:
+            raise ValueError(f"{source}: `{action.dest}`: {error.message}") from error
+        return item
+
+    def _suggestion(self, key: str) -> str:
+        near = get_close_matches(key, self._actions_by_key, n=1, cutoff=0.5)
+        return f" Did you mean {near[0]!r}?" if near else " See `meta-trainer train --help` for all keys."

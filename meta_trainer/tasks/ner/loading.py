@@ -1,0 +1,131 @@
+"""From settings to tagged sentences: where each set comes from, and which of its sentences are used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, load_dataset
+
+from meta_trainer.tasks.ner.arguments import GENERATED, NerArguments
+from meta_trainer.tasks.ner.columns import read_columns
+from meta_trainer.tasks.ner.corpus import SOURCE_LOCALE, TARGET_LOCALE, generate_corpus
+from meta_trainer.tasks.ner.files import CONLL_SUFFIXES, read_conll, read_table
+from meta_trainer.tasks.ner.sentences import Sentences
+from meta_trainer.tasks.ner.tags import entity_types, iob2_tags, map_entity_types, parse_tag_map
+
+# The names that the Hub's folder layout accepts for a split.
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+
+
+@dataclass(frozen=True)
+class NerData:
+    """The sets of a run and the tags that occur in any of them."""
+
+    tags: list[str]
+    source_train: Sentences
+    target_train: Sentences
+    target_validation: Sentences | None
+    target_test: Sentences | None
+
+
+def load_ner_data(ner: NerArguments) -> NerData:
+    """Load and map all sets, and draw the training subsets.
+
+    The tags are those of whole sets, before a subset is drawn: runs of different sizes share them.
+
+    Raises:
+        ValueError: If a set cannot be loaded, a tag is not IOB2, or ``map_tags`` names an unknown type.
+    """
+    sets = {
+        "source_train": _load(ner, "source", "train"),
+        "target_train": _load(ner, "target", "train"),
+        "target_validation": _load(ner, "target", "validation"),
+        "target_test": _load(ner, "target", "test"),
+    }
+    loaded = {name: sentences for name, sentences in sets.items() if sentences is not None}
+    tag_map = parse_tag_map(ner.map_tags)
+    known = entity_types(loaded.values())
+    if unknown := sorted(set(tag_map) - set(known)):
+        raise ValueError(f"map_tags: no entity of type {', '.join(unknown)} in the data; it has {', '.join(known)}.")
+    loaded = {name: map_entity_types(sentences, tag_map) for name, sentences in loaded.items()}
+    return NerData(
+        tags=iob2_tags(entity_types(loaded.values())),
+        source_train=draw_subset(loaded["source_train"], ner.max_source_examples, ner.subset_seed),
+        target_train=draw_subset(loaded["target_train"], ner.max_target_examples, ner.subset_seed),
+        target_validation=loaded.get("target_validation"),
+        target_test=loaded.get("target_test"),
+    )
+
+
+def draw_subset(sentences: Sentences, size: int | None, seed: int) -> Sentences:
+    """Draw ``size`` sentences without replacement, or put all in random order.
+
+    Nested: with the same seed, the draw of n is the beginning of the draw of any m > n.
+    """
+    return sentences.select(np.random.default_rng(seed).permutation(len(sentences))[:size])
+
+
+def _load(ner: NerArguments, side: str, kind: str) -> Sentences | None:
+    """Load one set; None where the settings name none."""
+    exclude = ner.exclude_column if kind == "train" else None
+    data = getattr(ner, f"{side}_data")
+    if data is None:
+        file = getattr(ner, f"{side}_{kind}_file")
+        sentences = None if file is None else _read_file(ner.path(file), ner, exclude)
+    else:
+        split = getattr(ner, f"{side}_{kind}_split")
+        subset = getattr(ner, f"{side}_subset")
+        sentences = None if split is None else _load_split(data, subset, split, side, ner, exclude)
+    if sentences is not None and not len(sentences):
+        raise ValueError(f"{sentences.name} holds no sentence.")
+    return sentences
+
+
+def _read_file(path: Path, ner: NerArguments, exclude: str | None) -> Sentences:
+    if path.suffix not in CONLL_SUFFIXES:
+        return read_columns(read_table(path), str(path), ner.tokens_column, ner.tags_column, exclude)
+    if exclude is not None:
+        raise ValueError(f"exclude_column={exclude!r}: {path} is a CoNLL file, which has no such column.")
+    return read_conll(path)
+
+
+def _load_split(
+    data: str, subset: str | None, split: str, side: str, ner: NerArguments, exclude: str | None
+) -> Sentences:
+    name = f"{data}{f' ({subset})' if subset else ''}, split {split}"
+    if data == GENERATED:
+        locale = subset or (SOURCE_LOCALE if side == "source" else TARGET_LOCALE)
+        return read_columns(generate_corpus(locale, split), name, "tokens", "ner_tags", exclude)
+    folder = ner.path(data)
+    conll = _conll_file(folder / (subset or ""), split)
+    if conll is not None:
+        return _read_file(conll, ner, exclude)
+    dataset = _load_hub_layout(str(folder) if folder.is_dir() else data, subset, split)
+    return read_columns(dataset, name, ner.tokens_column, ner.tags_column, exclude)
+
+
+def _conll_file(folder: Path, split: str) -> Path | None:
+    """Find the CoNLL file of a split; the datasets library would read it as plain text."""
+    for name in SPLIT_NAMES.get(split, (split,)):
+        for suffix in CONLL_SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    return None
+
+
+def _load_hub_layout(path: str, subset: str | None, split: str) -> Dataset:
+    """Load a split of a Hub data set or of a local folder laid out like one."""
+    if Path(path).is_dir() and subset and (Path(path) / subset).is_dir():
+        path, subset = str(Path(path) / subset), None
+    try:
+        return load_dataset(path, subset, split=split)
+    # What the library raises for a wrong name, subset or split, and without a connection.
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"Data set {path!r}, subset {subset!r}, split {split!r} cannot be loaded from a local folder or "
+            f"from the Hub: {error}"
+        ) from error

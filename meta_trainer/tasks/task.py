@@ -1,0 +1,37 @@
+"""What a training run needs of a task, from data to metric."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, ready to hand to a trainer.
+
+    Attributes:
+        model_init: Gives the same fresh model at each call.
+        processing_class: The tokenizer, saved beside the model.
+        train_dataset: Rows of the training stream; the collator may add rows to each batch.
+        meta_dataset: The trusted set, or None when the collator draws the meta batches itself.
+        eval_dataset: Rows scored during training, or None.
+        test_dataset: Rows scored once at the end, or None.
+        data_collator: Turns rows of any of these sets into a batch.
+        compute_metrics: Scores of a prediction, by name.
+        main_metric: Name of the score that says which model is better; higher is better.
+        per_batch_meta: Whether each training batch carries its own meta batch under the key ``meta_batch``.
+    """
+
+    model_init: Callable[[], PreTrainedModel]
+    processing_class: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    meta_dataset: Dataset | None
+    eval_dataset: Dataset | None
+    test_dataset: Dataset | None
+    data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    main_metric: str
+    per_batch_meta: bool

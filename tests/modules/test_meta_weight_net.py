@@ -1,0 +1,178 @@
+"""Meta-Weight-Net: its formula, and what each estimator sees of it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from meta_trainer.hypergrad import BilevelProblem, evograd, finite_difference, t1t2
+from meta_trainer.modules import MetaWeightNet
+
+
+def literal_weights(net, losses):
+    hidden = F.relu(losses[:, None] * net.network[0].weight[:, 0] + net.network[0].bias)
+    return torch.sigmoid(hidden @ net.network[2].weight[0] + net.network[2].bias[0])
+
+
+def test_weights_are_the_papers_network_of_the_loss():
+    net, losses = MetaWeightNet(hidden_size=7), torch.rand(5) * 3
+
+    assert net.network[0].weight.shape == (7, 1)
+    assert_close(net(losses), literal_weights(net, losses))
+
+
+def test_the_paper_has_a_hundred_hidden_units():
+    assert sum(parameter.numel() for parameter in MetaWeightNet().parameters()) == 301
+
+
+def test_the_objective_is_the_normalised_weighted_mean():
+    net, losses = MetaWeightNet(), torch.rand(6) * 4
+    weights = literal_weights(net, losses)
+
+    found = net.reduce(losses, {}, None)
+
+    assert found.shape == ()
+    assert_close(found, sum(w * loss for w, loss in zip(weights, losses, strict=True)) / weights.sum())
+
+
+def test_the_objective_of_equal_losses_is_that_loss():
+    assert_close(MetaWeightNet().reduce(torch.full((4,), 2.5), {}, None), torch.tensor(2.5))
+
+
+@pytest.mark.parametrize("loss_input", ["unperturbed", "candidate"])
+def test_the_weights_are_constants_to_the_base_model(loss_input):
+    """The gradient by a loss is its normalised weight and nothing else."""
+    net, losses = MetaWeightNet(loss_input=loss_input), (torch.rand(5) * 3).requires_grad_()
+    (grad,) = torch.autograd.grad(net.reduce(losses, {}, None), losses)
+
+    weights = literal_weights(net, losses.detach())
+    assert_close(grad, weights / weights.sum())
+
+
+def test_it_reads_the_losses_of_the_unperturbed_model_where_there_are_any():
+    net, losses, unperturbed = MetaWeightNet(), torch.rand(4), torch.rand(4) * 5
+    weights = literal_weights(net, unperturbed)
+
+    found = net.reduce(losses, {"unperturbed_losses": unperturbed}, None)
+
+    assert net.reads_unperturbed_losses
+    assert_close(found, weights @ losses / weights.sum())
+    assert not torch.allclose(found, net.reduce(losses, {}, None), rtol=1e-4)
+
+
+def test_the_candidate_variant_reads_the_losses_that_it_weighs():
+    net, losses, unperturbed = MetaWeightNet(loss_input="candidate"), torch.rand(4), torch.rand(4) * 5
+
+    assert not net.reads_unperturbed_losses
+    assert torch.equal(net.reduce(losses, {"unperturbed_losses": unperturbed}, None), net.reduce(losses, {}, None))
+
+
+def test_weights_that_underflow_together_give_zero_and_not_nan():
+    net, losses = MetaWeightNet(), torch.rand(3, requires_grad=True)
+    with torch.no_grad():
+        net.network[2].bias.fill_(-1e4)
+    objective = net.reduce(losses, {}, None)
+    objective.backward()
+
+    assert net(losses).sum() == 0
+    assert objective == 0
+    assert losses.grad.tolist() == [0, 0, 0]
+    assert all(torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
+def test_half_precision_losses_are_weighed_in_the_networks_precision():
+    net, losses = MetaWeightNet(), torch.rand(4).bfloat16()
+    weights = net(losses)
+
+    assert weights.dtype == torch.bfloat16
+    assert torch.equal(weights, net(losses.float()).bfloat16())
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+def test_losses_that_are_not_one_per_example_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"one loss per example, shape \[N\], got \[{', '.join(map(str, shape))}\]"):
+        MetaWeightNet()(torch.zeros(shape))
+
+
+def test_an_unknown_loss_input_is_refused():
+    with pytest.raises(ValueError, match="'unperturbed' or 'candidate', got 'own'"):
+        MetaWeightNet(loss_input="own")
+
+
+# ------------------------------------------------------------------------------ which derivative is estimated
+
+
+class NoisyClassification:
+    """A small classification whose examples are weighed by a Meta-Weight-Net, in float64."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        self.inputs, self.labels = torch.randn(12, 4).double(), torch.randint(3, (12,))
+        self.held_out, self.held_out_labels = torch.randn(12, 4).double(), torch.randint(3, (12,))
+        self.state = MetaWeightNet(hidden_size=10).double().state_dict()
+        for name in self.state:
+            self.state[name] = self.state[name] * 3
+
+    def losses(self):
+        return F.cross_entropy(self.model(self.inputs), self.labels, reduction="none")
+
+    def problem(self, objective, net):
+        val_loss = lambda: F.cross_entropy(self.model(self.held_out), self.held_out_labels)  # noqa: E731
+        return BilevelProblem(list(self.model.parameters()), list(net.parameters()), objective, val_loss)
+
+    def estimate(self, estimator, loss_input, **settings):
+        """Hypergradient of a net that reads what `loss_input` says, as one vector."""
+        net = MetaWeightNet(10, loss_input).double()
+        net.load_state_dict(self.state)
+        batch = {"unperturbed_losses": self.losses().detach()} if net.reads_unperturbed_losses else {}
+        problem = self.problem(lambda: net.reduce(self.losses(), batch, None), net)
+        return torch.cat([grad.flatten() for grad in estimator(problem, **settings).grads])
+
+    def t1t2_undetached(self, lr):
+        """T1-T2 of a net through whose input the gradient flows."""
+        net = MetaWeightNet(10).double()
+        net.load_state_dict(self.state)
+
+        def objective():
+            losses = self.losses()
+            weights = net.network(losses[:, None])[:, 0]
+            return weights @ losses / weights.sum()
+
+        return torch.cat([grad.flatten() for grad in t1t2(self.problem(objective, net), lr=lr).grads])
+
+
+def cosine(left, right):
+    return torch.cosine_similarity(left, right, dim=0).item()
+
+
+def test_finite_differences_of_unperturbed_input_agree_with_t1t2_of_detached_input():
+    case, lr = NoisyClassification(), 1e-4
+    detached, undetached = case.estimate(t1t2, "candidate", lr=lr), case.t1t2_undetached(lr)
+    unperturbed = case.estimate(finite_difference, "unperturbed", lr=lr, step_size=1e-4)
+    candidate = case.estimate(finite_difference, "candidate", lr=lr, step_size=1e-4)
+
+    assert cosine(detached, undetached) < 0.95
+    assert cosine(unperturbed, detached) > 0.9999
+    assert cosine(candidate, undetached) > 0.9999
+    assert_close(unperturbed, detached, rtol=1e-2, atol=1e-2 * detached.norm().item())
+    assert_close(candidate, undetached, rtol=1e-2, atol=1e-2 * undetached.norm().item())
+
+
+def test_the_mean_evograd_estimate_agrees_with_t1t2_likewise():
+    case, lr = NoisyClassification(), 1e-6
+    detached, undetached = case.estimate(t1t2, "unperturbed", lr=lr), case.t1t2_undetached(lr)
+
+    def mean(loss_input):
+        return sum(case.estimate(evograd, loss_input, num_candidates=8, seed=seed) for seed in range(100))
+
+    unperturbed, candidate = mean("unperturbed"), mean("candidate")
+    assert cosine(unperturbed, detached) > 0.98 > cosine(unperturbed, undetached)
+    assert cosine(candidate, undetached) > 0.98 > cosine(candidate, detached)
+
+
+def test_t1t2_of_unperturbed_and_of_detached_input_is_the_same():
+    """At the unperturbed point both read the same numbers, and neither lets a gradient through."""
+    case = NoisyClassification()
+    assert_close(case.estimate(t1t2, "unperturbed"), case.estimate(t1t2, "candidate"), rtol=1e-12, atol=0)

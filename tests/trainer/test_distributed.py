@@ -1,0 +1,57 @@
+"""Data parallelism: two processes on the CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import HiddenShift, sentences, snapshot, weight_net
+
+from meta_trainer import MetaModuleList
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("hypergradient", ["evograd", "finite_difference"])
+def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, hypergradient):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = [str(HERE / "two_processes.py"), str(tmp_path), hypergradient]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, *script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+
+    for report in (first, second):
+        assert report["world_size"] == 2
+        assert report["wrapped"]
+        assert report["meta_steps"] == 4
+    assert first["lambda"] == second["lambda"]
+    assert first["theta"] == second["theta"]
+    assert all(torch.tensor(values).isfinite().all() for values in first["lambda"].values())
+    start = snapshot(MetaModuleList([weight_net(), HiddenShift()]))
+    assert any(not torch.equal(torch.tensor(first["lambda"][name]), start[name]) for name in start)
+    assert (tmp_path / "checkpoint-4/meta_module/model.safetensors").is_file()
+    assert (tmp_path / "checkpoint-4/meta_state.pt").is_file()
+    names = {"meta/loss", "meta/grad_norm", "meta/learning_rate", "meta/max_candidate_weight", "meta/skipped"}
+    assert all(names <= set(log) for log in first["logs"])
+
+    # A pass over the seven meta examples is cut into batches of two times three.
+    for ours, theirs in zip(first["meta_batches"][:1], second["meta_batches"][:1], strict=True):
+        assert not {tuple(row) for row in ours} & {tuple(row) for row in theirs}
+    seen = [tuple(row) for report in (first, second) for batch in report["meta_batches"] for row in batch]
+    # 24 examples were read: each of the seven three times, and three of them once more.
+    counts = [seen.count(tuple(example["input_ids"].tolist())) for example in sentences(7, 2)]
+    assert sorted(counts) == [3, 3, 3, 3, 4, 4, 4]
