@@ -1,7 +1,7 @@
 """Gradient-based meta-learning for Hugging Face Trainer.
 
-Hand :class:`MetaTrainer` a meta module and a small trusted data set, and it learns the module by a hypergradient while it
-trains the model::
+Hand :class:`MetaTrainer` a meta module and a small trusted data set, and it learns the module by a hypergradient while
+it trains the model::
 
     trainer = MetaTrainer(
         model=model,

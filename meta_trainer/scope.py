@@ -14,7 +14,8 @@ def select_parameters(model: nn.Module, perturb: str | Sequence[str]) -> list[nn
 
     Args:
         model: The base model. Of parameters that are tied, the first name counts.
-        perturb: ``"all"``; ``"head"``, everything outside the Hugging Face base model; or patterns of parameter names with
+        perturb: ``"all"``; ``"head"``, everything outside the Hugging Face base model; or patterns of parameter names
+        with
             the wildcards of `fnmatch`. A pattern that names a module selects its parameters.
 
     Raises:
@@ -51,7 +52,8 @@ def _head(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[nn.Param
     head = [p for name, p in trainable.items() if not name.startswith(f"{prefix}.")]
     if not head:
         raise ValueError(
-            f"{type(model).__name__} has no trainable parameter outside its base model `{prefix}` (its head may be tied to "
+            f"{type(model).__name__} has no trainable parameter outside its base model `{prefix}` (its "
+            f"head may be tied to "
             "the embeddings). Name the parameters to perturb by patterns instead."
         )
     return head

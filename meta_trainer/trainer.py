@@ -49,7 +49,8 @@ class MetaTrainer(Trainer):
 
     Before the base step of every `meta_every`-th optimizer step, one meta step updates :math:`\lambda` along the
     hypergradient of the meta loss. Under gradient accumulation it looks at the first micro-batch. It leaves no trace on
-    parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the meta module.
+    parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the meta
+    module.
 
     Without `meta_module` this class is Trainer.
 
@@ -58,9 +59,11 @@ class MetaTrainer(Trainer):
         args: `MetaTrainingArguments`; plain `TrainingArguments` get the meta settings' defaults.
         *positional: Further arguments of Trainer.
         meta_module: What is learned by the hypergradient, or several to compose.
-        meta_dataset: The small trusted or target set. Not needed when the data collator puts a ``meta_batch`` into every
+        meta_dataset: The small trusted or target set. Not needed when the data collator puts a ``meta_batch`` into
+        every
             train batch.
-        per_example_loss: ``(outputs, labels) -> losses [N]`` for meta modules that weigh examples; by default that of the
+        per_example_loss: ``(outputs, labels) -> losses [N]`` for meta modules that weigh examples; by default that of
+        the
             Hugging Face heads.
         **keywords: Further arguments of Trainer.
 
@@ -214,7 +217,8 @@ class MetaTrainer(Trainer):
         if meta_batch is None:
             if self.meta_data is None:
                 raise ValueError(
-                    "A meta step needs meta data, but there is neither a `meta_dataset` nor a `meta_batch` in the train "
+                    "A meta step needs meta data, but there is neither a `meta_dataset` nor a "
+                    "`meta_batch` in the train "
                     f"batch, whose columns are {sorted(batch)}."
                 )
             meta_batch = next(self.meta_data)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import Trainer
 
 from meta_trainer import MetaTrainingArguments
 from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
@@ -81,13 +82,16 @@ def test_trainers_other_optimizers_move_the_parameters(name, arguments, paramete
     assert all(not torch.equal(p, b) for p, b in zip(parameters, before, strict=True))
 
 
-def test_the_base_models_settings_do_not_reach_the_meta_optimizer(arguments, parameters):
+def test_the_base_models_settings_do_not_reach_the_meta_optimizer(arguments, parameters, monkeypatch):
+    build, seen = Trainer.get_optimizer_cls_and_kwargs, []
+    monkeypatch.setattr(Trainer, "get_optimizer_cls_and_kwargs", lambda args: seen.append(args) or build(args))
     args = arguments(optim="sgd", optim_args="momentum=0.9", learning_rate=7.0, weight_decay=0.5)
     optimizer = create_meta_optimizer(args, parameters)
 
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.param_groups[0]["lr"] == args.meta_learning_rate == 1e-3
     assert optimizer.param_groups[0]["weight_decay"] == 0
+    assert seen[0].optim_args is None
     assert (args.optim, args.optim_args, args.learning_rate) == ("sgd", "momentum=0.9", 7.0)
 
 

@@ -26,8 +26,8 @@ def evograd(
     .. math:: \frac{d\ell_V(\theta^*)}{d\lambda} = \frac{\partial\ell_V}{\partial\lambda}
               + \sum_k c_k \frac{\partial\ell_k}{\partial\lambda}
 
-    with the coefficients of :func:`loss_cotangents`. This factored form takes each candidate's derivative as soon as its
-    loss is known: one candidate's graph is alive at a time, and none where :math:`\lambda` enters after the model.
+    with the coefficients of :func:`loss_cotangents`. This factored form takes each candidate's derivative as soon as
+    its loss is known: one candidate's graph is alive at a time, and none where :math:`\lambda` enters after the model.
     All candidates see the same random numbers.
 
     Args:
@@ -78,8 +78,8 @@ def evograd(
 def loss_cotangents(losses: Tensor, scores: Tensor, temperature: float) -> Tensor:
     r"""Coefficient of each candidate's training loss in the EvoGrad hypergradient.
 
-    With :math:`w = softmax(-\ell/\tau)` and :math:`s_k = \langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`, the
-    chain rule gives :math:`c_k = -w_k (s_k - \sum_j w_j s_j) / \tau`.
+    With :math:`w = softmax(-\ell/\tau)` and :math:`s_k = \langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`,
+    the chain rule gives :math:`c_k = -w_k (s_k - \sum_j w_j s_j) / \tau`.
 
     Args:
         losses: ``[K]``, training loss of each candidate.

@@ -15,7 +15,10 @@ def identity(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BilevelProblem:
-    r"""Choose :math:`\lambda` to minimise :math:`\ell_V(\theta^*)`, where :math:`\theta^*` minimises :math:`\ell_T(\theta, \lambda)`.
+    r"""Choose meta-parameters such that a model trained with them does well on validation data.
+
+    :math:`\lambda^* = \arg\min_\lambda \ell_V(\theta^*(\lambda))` with
+    :math:`\theta^*(\lambda) = \arg\min_\theta \ell_T(\theta, \lambda)`.
 
     Args:
         theta: Leaf tensors that may be perturbed. An estimator changes them in place and gives them back bit for bit,

@@ -38,13 +38,14 @@ class MetaModule(
 
     The doors are open on training batches only. On meta batches, in evaluation and in prediction the model runs alone.
 
-    Saving and loading follow the Hub: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` keep the constructor's
-    arguments in ``config.json`` and the parameters in ``model.safetensors``.
+    Saving and loading follow the Hub: ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` keep the
+    constructor's arguments in ``config.json`` and the parameters in ``model.safetensors``.
 
     Attributes:
         batch_columns: Columns of the batch that the doors read and the base model does not know. They reach the doors
             and are kept from the model.
-        reads_unperturbed_losses: Whether :meth:`reduce` wants ``batch["unperturbed_losses"]``, the per-example losses at
+        reads_unperturbed_losses: Whether :meth:`reduce` wants ``batch["unperturbed_losses"]``, the per-example losses
+        at
             the unperturbed parameters, while candidates are evaluated.
     """
 
@@ -90,7 +91,8 @@ class MetaModule(
         known = {kind.__name__: kind for kind in _all_subclasses(MetaModule)}
         if name not in known:
             raise ValueError(
-                f"The configuration should name a meta module under `meta_module`, one of {sorted(known)}, got {name!r}. "
+                f"The configuration should name a meta module under `meta_module`, one of {sorted(known)}, "
+                f"got {name!r}. "
                 "A module of your own has to be imported before it can be loaded."
             )
         if known[name].from_config.__func__ is not cls.from_config.__func__:  # type: ignore[attr-defined]

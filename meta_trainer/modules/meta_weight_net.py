@@ -16,7 +16,8 @@ class MetaWeightNet(MetaModule):
     The objective is :math:`\sum_i w_i \ell_i / \sum_i w_i`. The loss that the network reads is detached: the base model
     cannot lower its objective by gaming the weights.
 
-    A candidate of an evolutionary estimator has losses :math:`\ell_i(\theta_k)` of its own. Reading those, the network's
+    A candidate of an evolutionary estimator has losses :math:`\ell_i(\theta_k)` of its own. Reading those, the
+    network's
     own change along the perturbation would enter the hypergradient, which the exact one-step derivative with detached
     input (T1-T2) does not have. So every candidate is weighed by the losses of the unperturbed model.
 

@@ -20,13 +20,14 @@ class RepresentationTransform(MetaModule):
 
     After layer :math:`l`, the hidden state of a source example becomes
     :math:`h + \alpha_l\,\mathrm{RTN}_l(\mathrm{stop}(h))` with :math:`\alpha = softmax` over the transformed layers (1
-    for a single one). Target examples pass unchanged. The network is a bottleneck of two linear layers whose last channel
-    is a sigmoid gate on all the others.
+    for a single one). Target examples pass unchanged. The network is a bottleneck of two linear layers whose last
+    channel is a sigmoid gate on all the others.
 
     Args:
         hidden_size: Size of the hidden states.
         bottleneck_size: Size of the bottleneck.
-        layers: Where to transform. A name is that of a submodule, such as ``"roberta.encoder.layer.11"``; a number counts
+        layers: Where to transform. A name is that of a submodule, such as ``"roberta.encoder.layer.11"``; a number
+        counts
             the model's blocks from 1, as the paper does, or from the end when negative: -1 is the last.
 
     Raises:
@@ -52,7 +53,8 @@ class RepresentationTransform(MetaModule):
         """Hook the networks after their layers for one forward pass over `batch`."""
         if SOURCE_COLUMN not in batch:
             raise ValueError(
-                f"RepresentationTransform expects a boolean column `{SOURCE_COLUMN}` of shape [B] in every training batch, "
+                f"RepresentationTransform expects a boolean column `{SOURCE_COLUMN}` of shape [B] in every "
+                f"training batch, "
                 f"got the columns {sorted(batch)}. Let the data collator add it."
             )
         is_source = batch[SOURCE_COLUMN].bool()[:, None, None]  # [B, 1, 1]

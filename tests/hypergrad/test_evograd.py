@@ -5,7 +5,7 @@ import torch
 from problem_zoo import ZOO, literal_evograd, relative_error
 from torch.testing import assert_close
 
-from meta_trainer.hypergrad import evograd, loss_cotangents
+from meta_trainer.hypergrad import BilevelProblem, evograd, loss_cotangents
 from meta_trainer.hypergrad.noise import Perturbations
 
 
@@ -132,3 +132,17 @@ def test_a_batch_that_moves_no_candidate_apart_gives_the_direct_term_alone():
 
     assert_close(found.grads[0], expected)
     assert_close(found.weights, torch.full_like(found.weights, 1 / 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_half_precision_have_losses_and_weights_of_single_precision(dtype):
+    theta = torch.randn(6).to(dtype).requires_grad_()
+    meta = torch.zeros(6, requires_grad=True)
+    problem = BilevelProblem(
+        [theta], [meta], lambda: (torch.sigmoid(meta) * theta**2).mean(), lambda: ((theta - 1) ** 2).mean()
+    )
+
+    found = evograd(problem, num_candidates=3, sigma=0.25)
+
+    assert {t.dtype for t in (*found.grads, found.train_losses, found.weights, found.scores)} == {torch.float32}
+    assert found.grads[0].abs().min() > 0

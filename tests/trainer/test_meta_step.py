@@ -163,6 +163,8 @@ def test_a_meta_step_of_meta_weight_net_equals_a_computation_by_hand(tmp_path, h
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
 
+    # Also a model that was evaluated last takes its meta step with dropout.
+    trainer.model.eval()
     torch.manual_seed(11)
     found = trainer.meta_step(trainer.model, {**batch, "meta_batch": meta_batch})
 
@@ -172,6 +174,30 @@ def test_a_meta_step_of_meta_weight_net_equals_a_computation_by_hand(tmp_path, h
     torch.testing.assert_close(found.val_loss, expected.val_loss)
     torch.testing.assert_close(found.weights, expected.weights)
     torch.testing.assert_close(snapshot(trainer.meta_module), snapshot(net), rtol=1e-5, atol=1e-7)
+
+
+def test_every_meta_step_of_a_run_has_perturbations_of_its_own(tmp_path):
+    def scores(seed):
+        trainer = meta_trainer(tmp_path, MeanLoss(), tiny_bert(dropout=0.0), seed=seed)
+        batch = batch_of(sentences(4, 5))
+        return [trainer.meta_step(trainer.model, {**batch, "meta_batch": batch}).scores.tolist() for _ in range(2)]
+
+    first, second = scores(seed=3)
+    assert first != second
+    assert scores(seed=3) == [first, second]
+    assert first not in scores(seed=4)
+
+
+def test_nothing_is_differentiated_outside_the_scope(tmp_path):
+    trainer = meta_trainer(tmp_path, perturb="head", hypergradient="t1t2")
+    needed = []
+    trainer.model.classifier.register_forward_pre_hook(
+        lambda module, inputs: needed.append((inputs[0].requires_grad, module.weight.requires_grad))
+    )
+    trainer.meta_step(trainer.model, batch_of(sentences(4, 5)))
+    # The unperturbed losses, the train loss and the meta loss.
+    assert needed == [(False, True)] * 3
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
 class Recorder(MetaTrainer):
