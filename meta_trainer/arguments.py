@@ -87,9 +87,8 @@ class MetaTrainingArguments(TrainingArguments):
     def _check_ranges(self) -> None:
         if self.num_candidates < 2:
             raise ValueError(
-                f"`num_candidates` should be at least 2, got {self.num_candidates}: a single candidate has "
-                f"weight 1 whatever "
-                "its loss, so that the meta module would learn nothing."
+                f"`num_candidates` should be at least 2, got {self.num_candidates}: a single "
+                "candidate has weight 1 whatever its loss, so that the meta module would learn nothing."
             )
         for name in ("sigma", "temperature", "meta_every", "per_device_meta_batch_size"):
             if not 0 < getattr(self, name) < float("inf"):

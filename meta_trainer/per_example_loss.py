@@ -74,7 +74,6 @@ def check_agreement(losses: Tensor, model_loss: Tensor) -> None:
     if not torch.allclose(mean, own, rtol=2e-2, atol=1e-3, equal_nan=True):
         raise ValueError(
             f"The per-example losses average to {mean.item():.4f}, but the model's own loss is "
-            f"{own.item():.4f}: this model's "
-            "objective is no plain mean. Pass `per_example_loss` to the trainer: a function (outputs, "
-            "labels) -> losses [N]."
+            f"{own.item():.4f}: its objective is no plain mean. Pass `per_example_loss` to the trainer: a function "
+            "(outputs, labels) -> losses [N]."
         )

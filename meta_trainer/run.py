@@ -11,6 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.meter import StepMeter
@@ -76,12 +77,14 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
 def _prepare_method(
     recipe: Recipe, name: str, training: MetaTrainingArguments, meta_module_names: list[str]
 ) -> PreparedMethod:
+    training.resume_from_checkpoint = _find_checkpoint(training)
     task = build_ner_task(
         recipe.task,
         recipe.model,
         seed=training.seed,
         with_meta=bool(meta_module_names),
         meta_batch_size=training.per_device_meta_batch_size,
+        mark_source="representation_transform" in meta_module_names,
     )
     model = task.model_init()
     modules = build_meta_modules(recipe.module, model, training.seed) if meta_module_names else []
@@ -102,12 +105,27 @@ def _prepare_method(
     return PreparedMethod(name, task, trainer, meter)
 
 
+def _find_checkpoint(training: MetaTrainingArguments) -> str | None:
+    """Folder of the checkpoint to resume from; ``last`` stands for the last one in the output folder."""
+    setting = training.resume_from_checkpoint
+    if setting is None:
+        return None
+    output_dir = str(training.output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    checkpoint = last if setting == "last" else setting
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        raise ValueError(
+            f"resume_from_checkpoint={setting!r}: there is no checkpoint {checkpoint or f'in {output_dir}'}."
+        )
+    return checkpoint
+
+
 def _train(method: PreparedMethod) -> MethodResult:
     trainer, task = method.trainer, method.task
     # What was built before must not change the random numbers of this training.
     set_seed(trainer.args.seed)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint(trainer.args.resume_from_checkpoint))
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
     dataset = task.test_dataset if task.test_dataset is not None else task.eval_dataset
@@ -125,11 +143,6 @@ def _train(method: PreparedMethod) -> MethodResult:
         seconds=seconds,
         history=trainer.state.log_history,
     )
-
-
-def _checkpoint(setting: str | None) -> str | bool | None:
-    """Trainer's `resume_from_checkpoint`: ``last`` stands for the last one in the output folder."""
-    return True if setting in ("last", "true", "True") else setting
 
 
 def _write_report(recipe: Recipe, results: list[MethodResult], metric: str, console: Console) -> None:

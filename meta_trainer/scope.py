@@ -15,8 +15,7 @@ def select_parameters(model: nn.Module, perturb: str | Sequence[str]) -> list[nn
     Args:
         model: The base model. Of parameters that are tied, the first name counts.
         perturb: ``"all"``; ``"head"``, everything outside the Hugging Face base model; or patterns of parameter names
-        with
-            the wildcards of `fnmatch`. A pattern that names a module selects its parameters.
+            with the wildcards of `fnmatch`. A pattern that names a module selects its parameters.
 
     Raises:
         ValueError: If nothing is selected, or a pattern matches no trainable parameter.
@@ -49,11 +48,12 @@ def _head(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[nn.Param
             f"perturb='head' needs a Hugging Face model with a head on a base model, got {type(model).__name__}. "
             "Name the parameters by patterns instead."
         )
-    head = [p for name, p in trainable.items() if not name.startswith(f"{prefix}.")]
+    # By identity: a wrapper such as PEFT's changes the names.
+    body = {id(p) for p in getattr(model, prefix).parameters()}
+    head = [p for p in trainable.values() if id(p) not in body]
     if not head:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter outside its base model `{prefix}` (its "
-            f"head may be tied to "
-            "the embeddings). Name the parameters to perturb by patterns instead."
+            "head may be tied to the embeddings). Name the parameters to perturb by patterns instead."
         )
     return head

@@ -92,7 +92,7 @@ class SettingsParser(HfArgumentParser):
         """`value` as the command line would have given it."""
         action = self._actions_by_key[key]
         if value is None:
-            if key not in self._optional:
+            if key not in self._optional and action.default is not None:
                 raise ValueError(f"{source}: `{key}` should have a value, got none.")
             return None
         if isinstance(value, dict):

@@ -49,8 +49,8 @@ class MetaTrainer(Trainer):
 
     Before the base step of every `meta_every`-th optimizer step, one meta step updates :math:`\lambda` along the
     hypergradient of the meta loss. Under gradient accumulation it looks at the first micro-batch. It leaves no trace on
-    parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the meta
-    module.
+    parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the
+    meta module.
 
     Without `meta_module` this class is Trainer.
 
@@ -60,11 +60,9 @@ class MetaTrainer(Trainer):
         *positional: Further arguments of Trainer.
         meta_module: What is learned by the hypergradient, or several to compose.
         meta_dataset: The small trusted or target set. Not needed when the data collator puts a ``meta_batch`` into
-        every
-            train batch.
-        per_example_loss: ``(outputs, labels) -> losses [N]`` for meta modules that weigh examples; by default that of
-        the
-            Hugging Face heads.
+            every train batch.
+        per_example_loss: ``(outputs, labels) -> losses [N]`` for meta modules that weigh examples; by default that
+            of the Hugging Face heads.
         **keywords: Further arguments of Trainer.
 
     Raises:
@@ -218,8 +216,7 @@ class MetaTrainer(Trainer):
             if self.meta_data is None:
                 raise ValueError(
                     "A meta step needs meta data, but there is neither a `meta_dataset` nor a "
-                    "`meta_batch` in the train "
-                    f"batch, whose columns are {sorted(batch)}."
+                    f"`meta_batch` in the train batch, whose columns are {sorted(batch)}."
                 )
             meta_batch = next(self.meta_data)
         return dict(self._prepare_inputs(batch)), dict(self._prepare_inputs(meta_batch))

@@ -4,9 +4,8 @@
     python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --table-only   # rewrites the table
 
 A grid file names the recipes, the settings that all runs share, the targets with their settings, and the seeds; $NAME
-in it
-stands for an environment variable. A run whose settings already have a result is left alone, so that the command can be
-stopped and started again at any time.
+in it stands for an environment variable. A run whose settings already have a result is left alone, so that the command
+can be stopped and started again at any time.
 """
 
 import argparse

@@ -45,8 +45,7 @@ class MetaModule(
         batch_columns: Columns of the batch that the doors read and the base model does not know. They reach the doors
             and are kept from the model.
         reads_unperturbed_losses: Whether :meth:`reduce` wants ``batch["unperturbed_losses"]``, the per-example losses
-        at
-            the unperturbed parameters, while candidates are evaluated.
+            at the unperturbed parameters, while candidates are evaluated.
     """
 
     batch_columns: ClassVar[tuple[str, ...]] = ()
@@ -92,8 +91,7 @@ class MetaModule(
         if name not in known:
             raise ValueError(
                 f"The configuration should name a meta module under `meta_module`, one of {sorted(known)}, "
-                f"got {name!r}. "
-                "A module of your own has to be imported before it can be loaded."
+                f"got {name!r}. A module of your own has to be imported before it can be loaded."
             )
         if known[name].from_config.__func__ is not cls.from_config.__func__:  # type: ignore[attr-defined]
             return known[name].from_config(config)

@@ -17,9 +17,8 @@ class MetaWeightNet(MetaModule):
     cannot lower its objective by gaming the weights.
 
     A candidate of an evolutionary estimator has losses :math:`\ell_i(\theta_k)` of its own. Reading those, the
-    network's
-    own change along the perturbation would enter the hypergradient, which the exact one-step derivative with detached
-    input (T1-T2) does not have. So every candidate is weighed by the losses of the unperturbed model.
+    network's own change along the perturbation would enter the hypergradient, which the exact one-step derivative with
+    detached input (T1-T2) does not have. So every candidate is weighed by the losses of the unperturbed model.
 
     Args:
         hidden_size: Width of the hidden layer.

@@ -27,8 +27,7 @@ class RepresentationTransform(MetaModule):
         hidden_size: Size of the hidden states.
         bottleneck_size: Size of the bottleneck.
         layers: Where to transform. A name is that of a submodule, such as ``"roberta.encoder.layer.11"``; a number
-        counts
-            the model's blocks from 1, as the paper does, or from the end when negative: -1 is the last.
+            counts the model's blocks from 1, as the paper does, or from the end when negative: -1 is the last.
 
     Raises:
         ValueError: If `layers` is empty or holds a layer twice.
@@ -54,8 +53,7 @@ class RepresentationTransform(MetaModule):
         if SOURCE_COLUMN not in batch:
             raise ValueError(
                 f"RepresentationTransform expects a boolean column `{SOURCE_COLUMN}` of shape [B] in every "
-                f"training batch, "
-                f"got the columns {sorted(batch)}. Let the data collator add it."
+                f"training batch, got the columns {sorted(batch)}. Let the data collator add it."
             )
         is_source = batch[SOURCE_COLUMN].bool()[:, None, None]  # [B, 1, 1]
         alphas = torch.softmax(self.layer_logits, dim=0)  # [L]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
 
 from meta_trainer import MetaModule, MetaTrainer, MetaTrainingArguments, MetaWeightNet
 
@@ -178,6 +178,39 @@ def _same(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple):
         return len(left) == len(right) and all(_same(a, b) for a, b in zip(left, right, strict=True))
     return left == right
+
+
+class Recorder(MetaTrainer):
+    """Writes down what happens, in order."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.events = []
+        self.results = []
+        trainer, backward = self, self.accelerator.backward
+
+        def recorded_backward(*args, **kwargs):
+            trainer.events.append("base")
+            backward(*args, **kwargs)
+            assert all(p.grad is None for p in trainer.meta_parameters)
+
+        class Steps(TrainerCallback):
+            def on_optimizer_step(self, *args, **kwargs):
+                trainer.events.append("step")
+                trainer.events.append(trainer.state.global_step)
+
+        self.accelerator.backward = recorded_backward
+        self.add_callback(Steps())
+
+    def meta_step(self, model, inputs):
+        self.events.append("meta")
+        assert all(p.grad is None for p in self.model.parameters())
+        theta = snapshot(self.model)
+        result = super().meta_step(model, inputs)
+        assert all(p.grad is None for p in self.model.parameters())
+        assert same(snapshot(self.model), theta)
+        self.results.append(result)
+        return result
 
 
 def losses_only(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

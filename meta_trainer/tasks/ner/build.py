@@ -8,7 +8,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedConfig, P
 
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.ner.arguments import NerArguments
-from meta_trainer.tasks.ner.collator import SourceTargetCollator, mark_source
+from meta_trainer.tasks.ner.collator import SourceTargetCollator, mark_rows
 from meta_trainer.tasks.ner.encoding import encode
 from meta_trainer.tasks.ner.loading import load_ner_data
 from meta_trainer.tasks.ner.metrics import EntityScores
@@ -21,7 +21,13 @@ EVALUATION_LENGTH = 512  # sub-tokens of an evaluation sentence, as in the offic
 
 
 def build_ner_task(
-    ner: NerArguments, model: ModelArguments, *, seed: int, with_meta: bool, meta_batch_size: int
+    ner: NerArguments,
+    model: ModelArguments,
+    *,
+    seed: int,
+    with_meta: bool,
+    meta_batch_size: int,
+    mark_source: bool = True,
 ) -> Task:
     """Load data and tokenizer, and put together what a run needs.
 
@@ -32,6 +38,7 @@ def build_ner_task(
         with_meta: Whether a meta module is trained. If not, batches hold source and target sentences, nothing
             else, and every target sentence is trained on.
         meta_batch_size: Target sentences of a meta batch.
+        mark_source: Whether batches for a meta module say which of their rows are source sentences.
 
     Returns:
         The task. Its training rows are the source sentences; the collator adds the target sentences.
@@ -59,12 +66,12 @@ def build_ner_task(
         ner.target_batch_size,
         meta_batch_size if per_batch_meta else 0,
         seed,
-        mark_source=with_meta,
+        mark_source=with_meta and mark_source,
     )
     return Task(
         model_init=partial(make_model, model, config, seed),
         processing_class=tokenizer,
-        train_dataset=mark_source(encode(data.source_train, tokenizer, data.tags, ner.max_length)),
+        train_dataset=mark_rows(encode(data.source_train, tokenizer, data.tags, ner.max_length)),
         meta_dataset=encoded(meta_dataset, ner.max_length),
         eval_dataset=encoded(data.target_validation, min(EVALUATION_LENGTH, limit)),
         test_dataset=encoded(data.target_test, min(EVALUATION_LENGTH, limit)),

@@ -14,7 +14,7 @@ from transformers import DataCollatorForTokenClassification
 SOURCE_MARK = "label"
 
 
-def mark_source(dataset: Dataset) -> Dataset:
+def mark_rows(dataset: Dataset) -> Dataset:
     """Mark the rows to which :class:`SourceTargetCollator` is to add target sentences."""
     return dataset.add_column(SOURCE_MARK, [1] * len(dataset))
 

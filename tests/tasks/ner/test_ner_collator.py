@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification
 
-from meta_trainer.tasks.ner.collator import SourceTargetCollator, mark_source
+from meta_trainer.tasks.ner.collator import SourceTargetCollator, mark_rows
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tokenizer import train_tokenizer
 
@@ -25,7 +25,7 @@ def collator(count: int = 12, **changes: Any) -> SourceTargetCollator:
 
 
 def source_features(*indices: int) -> list[dict[str, Any]]:
-    return mark_source(rows(SOURCE, 20)).select(indices).to_list()
+    return mark_rows(rows(SOURCE, 20)).select(indices).to_list()
 
 
 def first_ids(batch: dict[str, Any]) -> list[int]:

@@ -1,0 +1,136 @@
+"""Reading a recipe: what is accepted, what is refused, and with which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from meta_trainer.recipe import find_recipe, list_recipes, read_recipe, recipes_folder
+
+GENERATED = {"source_data": "generated", "target_data": "generated"}
+NER = sorted((recipes_folder() / "ner").glob("*.yaml"))
+
+
+def recipe_file(folder: Path, **settings: object) -> str:
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump({**GENERATED, "output_dir": str(folder / "out"), "use_cpu": True, **settings}))
+    return str(file)
+
+
+def test_the_command_line_wins_over_the_file_and_both_over_the_defaults(tmp_path):
+    file = recipe_file(tmp_path, sigma=0.25, seed=7)
+    recipe = read_recipe(file, ["--seed", "8", "--perturb", "classifier.*", "bert.pooler"])
+    assert (recipe.training.sigma, recipe.training.seed, recipe.training.temperature) == (0.25, 8, 0.05)
+    assert recipe.training.perturb == ["classifier.*", "bert.pooler"]
+
+
+def test_the_resolved_settings_read_back_as_the_same_recipe(tmp_path):
+    first = read_recipe(
+        recipe_file(tmp_path, meta_module="meta_weight_net", warmup_steps=0.1), ["--num_candidates", "3"]
+    )
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(first.settings))
+    second = read_recipe(str(tmp_path / "resolved.yaml"), [])
+    assert second.settings == first.settings
+    assert second.module == first.module
+
+
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("source_data: generated\ntarget_data: generated\nuse_cpu: true\nlearning_rate: 3e-5\n")
+    assert read_recipe(str(file), []).training.learning_rate == 3e-5
+
+
+def test_none_empties_an_optional_setting(tmp_path):
+    file = recipe_file(tmp_path, max_source_examples=None)
+    recipe = read_recipe(file, ["--max_target_examples", "none"])
+    assert recipe.task.max_source_examples is None
+    assert recipe.task.max_target_examples is None
+
+
+def test_the_output_folder_is_named_after_the_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**GENERATED, "use_cpu": True}))
+    assert read_recipe(str(file), []).training.output_dir == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"leraning_rate": 1e-3}, "unknown key 'leraning_rate'. Did you mean 'learning_rate'"),
+        ({"qqqqq": 1}, "unknown key 'qqqqq'. See"),
+        ({"num_candidates": "many"}, "`num_candidates`: .*many"),
+        ({"num_candidates": 2.5}, "`num_candidates`: .*2.5"),
+        ({"num_candidates": 1}, "at least 2, got 1"),
+        ({"num_candidates": None}, "`num_candidates` should have a value"),
+        ({"num_candidates": [2, 3]}, "`num_candidates` should be a single value, got a list"),
+        ({"sigma": {"value": 1}}, "`sigma` should be a plain value, got a mapping"),
+        ({"compare_with_baseline": "perhaps"}, "`compare_with_baseline`"),
+        ({"task": "parsing"}, "`task`: .*parsing"),
+        ({"hypergradient": "evogard"}, "`hypergradient` should be one of evograd"),
+        ({"meta_module": ["weight_net"]}, "`meta_module` should be among .*'weight_net'"),
+        ({"compare_with_baseline": True}, "needs a `meta_module`"),
+        ({"source_train_file": "x.parquet"}, "exclude each other"),
+        ({"source_data": None, "source_train_file": "nowhere.parquet"}, "no file .*nowhere.parquet"),
+        ({"perturb": ["all", "classifier"]}, "`perturb` should be 'all' or 'head' alone"),
+        ({"rtn_bottleneck_size": 0}, "`rtn_bottleneck_size` should be at least 1"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe_file(tmp_path, **settings), [])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--sedd", "1"], "Unknown key '--sedd'. Did you mean 'seed'"),
+        (["--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--see", "1"], "Unknown key '--see'"),
+        (["stray"], "Unexpected argument 'stray'"),
+        (["--sede=3"], "Unknown key '--sede=3'. Did you mean 'seed'"),
+    ],
+)
+def test_a_wrong_argument_is_refused(tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        read_recipe(recipe_file(tmp_path), overrides)
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "just text", "a: [1", "", b"\xff\xfe\x00"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"recipe.yaml (is no valid YAML|should hold `key: value` lines)"):
+        read_recipe(str(file), [])
+
+
+def test_recipes_of_the_package_are_found_by_name_and_missing_ones_are_not():
+    names = ("quickstart.yaml", "recipes/quickstart.yaml", "quickstart")
+    assert {find_recipe(name).resolve() for name in names} == {(recipes_folder() / "quickstart.yaml").resolve()}
+    with pytest.raises(ValueError, match="There is no recipe 'nonsense.yaml'"):
+        find_recipe("nonsense.yaml")
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_recipes()])
+def test_every_listed_recipe_is_valid_and_says_how_it_is_run(name):
+    assert read_recipe(name, ["--use_cpu", "true"]).run.description
+    assert name in find_recipe(name).read_text().splitlines()[0]
+
+
+def test_the_three_ner_recipes_differ_only_in_what_is_meta_learned():
+    assert len(NER) == 3
+    contents = {file.stem: yaml.safe_load(file.read_text()) for file in NER}
+    joint, evograd, t1t2 = (contents[name] for name in ("joint_training", "metaxl_evograd", "metaxl_t1t2"))
+    own = {"description", "method"}
+    assert all(joint[key] == evograd[key] == t1t2[key] for key in joint if key not in own)
+    estimator = {"hypergradient", "num_candidates", "sigma", "temperature", "noise"}
+    assert all(evograd.get(key) == t1t2.get(key) for key in evograd if key not in own | estimator)
+
+
+def test_the_metaxl_recipe_has_the_papers_settings():
+    recipe = read_recipe("ner/metaxl_evograd.yaml", ["--use_cpu", "true"])
+    training, task = recipe.training, recipe.task
+    assert recipe.model.model_name_or_path == "FacebookAI/xlm-roberta-base"
+    assert (task.max_source_examples, task.max_target_examples) == (5000, 100)
+    assert (training.num_candidates, training.sigma, training.temperature) == (2, 1e-3, 0.05)
+    assert (training.perturb, recipe.module.layers, recipe.module.rtn_bottleneck_size) == (["head"], [12], 384)
