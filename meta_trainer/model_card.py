@@ -48,7 +48,7 @@ def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainin
             kind=type(meta_module).__name__,
             count=_num_parameters(meta_module),
             estimator=args.hypergradient,
-            rows="\n".join(f"| `{name}` | {getattr(args, name)} |" for name in settings),
+            rows="\n".join(f"| `{name}` | {_readable(getattr(args, name))} |" for name in settings),
         )
     )
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
@@ -57,3 +57,7 @@ def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainin
 
 def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _readable(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

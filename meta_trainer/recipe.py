@@ -47,6 +47,10 @@ class MetaModuleArguments:
     rtn_bottleneck_size: int = field(
         default=384, metadata={"help": "representation_transform: size of the bottleneck."}
     )
+    rtn_initialization: Literal["xavier", "identity"] = field(
+        default="xavier",
+        metadata={"help": "representation_transform: starts with a random residual, as the official code, or without."},
+    )
     weight_net_hidden_size: int = field(default=100, metadata={"help": "meta_weight_net: size of the hidden layer."})
     weight_net_loss_input: Literal["unperturbed", "candidate"] = field(
         default="unperturbed",

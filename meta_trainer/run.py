@@ -55,7 +55,7 @@ def run(recipe: Recipe, methods: list[PreparedMethod], console: Console) -> list
     for method in methods:
         if method.trainer.is_world_process_zero():
             console.rule(method.name)
-        results.append(_train(method))
+        results.append(_train(method, recipe))
     if methods[0].trainer.is_world_process_zero():
         _write_report(recipe, results, methods[0].task.main_metric, console)
     return results
@@ -65,7 +65,7 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
     """The meta modules that a recipe names, of the sizes of `model`; the same for the same seed."""
     builders: dict[str, Callable[[], MetaModule]] = {
         "representation_transform": lambda: RepresentationTransform(
-            model.config.hidden_size, arguments.rtn_bottleneck_size, arguments.layers
+            model.config.hidden_size, arguments.rtn_bottleneck_size, arguments.layers, arguments.rtn_initialization
         ),
         "meta_weight_net": lambda: MetaWeightNet(arguments.weight_net_hidden_size, arguments.weight_net_loss_input),
     }
@@ -120,7 +120,7 @@ def _find_checkpoint(training: MetaTrainingArguments) -> str | None:
     return checkpoint
 
 
-def _train(method: PreparedMethod) -> MethodResult:
+def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
     trainer, task = method.trainer, method.task
     # What was built before must not change the random numbers of this training.
     set_seed(trainer.args.seed)
@@ -131,7 +131,11 @@ def _train(method: PreparedMethod) -> MethodResult:
     dataset = task.test_dataset if task.test_dataset is not None else task.eval_dataset
     metrics = {} if dataset is None else trainer.evaluate(dataset, metric_key_prefix="test")
     scores = {key.removeprefix("test_"): float(value) for key, value in metrics.items()}
-    trainer.create_model_card(dataset_tags=None, tasks="token-classification")
+    # Trainer takes a model without a folder for one that was fine-tuned; this one has just been saved.
+    trainer.model.config.name_or_path = str(trainer.args.output_dir)
+    trainer.create_model_card(
+        finetuned_from=recipe.model.model_name_or_path, tasks="token-classification", dataset=recipe.task.dataset_name
+    )
     if trainer.args.push_to_hub:
         trainer.push_to_hub()
     return MethodResult(

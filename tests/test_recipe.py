@@ -107,7 +107,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
 def test_recipes_of_the_package_are_found_by_name_and_missing_ones_are_not():
     names = ("quickstart.yaml", "recipes/quickstart.yaml", "quickstart")
     assert {find_recipe(name).resolve() for name in names} == {(recipes_folder() / "quickstart.yaml").resolve()}
-    with pytest.raises(ValueError, match="There is no recipe 'nonsense.yaml'"):
+    with pytest.raises(ValueError, match=r"There is no recipe 'nonsense\.yaml'"):
         find_recipe("nonsense.yaml")
 
 

@@ -21,12 +21,24 @@ UNPERTURBED_LOSSES = "unperturbed_losses"
 _DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
 
+_CARD = """
+---
+{{ card_data }}
+---
+
+# A meta module of meta_trainer
+
+Its parameters were learned by a hypergradient while a model was trained; `config.json` says which module it is. Load it
+with `MetaModule.from_pretrained` of the Python package `meta_trainer`.
+"""
+
+
 class MetaModule(
     nn.Module,
     ModelHubMixin,
     library_name="meta-trainer",
     tags=["meta-learning", "hypergradient"],
-    paper_url="https://arxiv.org/abs/2106.10575",
+    model_card_template=_CARD,
 ):
     r"""A module whose parameters :math:`\lambda` are learned by the hypergradient.
 

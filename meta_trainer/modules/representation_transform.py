@@ -15,6 +15,9 @@ SOURCE_COLUMN = "is_source"
 """Batch column, boolean ``[B]``: whether an example is of the source language."""
 
 
+INITIALIZATIONS = ("xavier", "identity")
+
+
 class RepresentationTransform(MetaModule):
     r"""Transform the hidden states of source examples towards the target language.
 
@@ -29,8 +32,11 @@ class RepresentationTransform(MetaModule):
         layers: Where to transform. A name is that of a submodule, such as ``"roberta.encoder.layer.11"``; a number
             counts the model's blocks from 1, as the paper does, or from the end when negative: -1 is the last.
 
+        initialization: ``"xavier"`` as in the official code, where source states start out with a random residual that
+            the model has to learn to live with; or ``"identity"``, where they start out unchanged.
+
     Raises:
-        ValueError: If `layers` is empty or holds a layer twice.
+        ValueError: If `layers` is empty or holds a layer twice, or the initialization is unknown.
 
     References:
         Xia et al., `MetaXL: Meta Representation Transformation for Low-resource Cross-lingual Learning
@@ -39,12 +45,20 @@ class RepresentationTransform(MetaModule):
 
     batch_columns: ClassVar[tuple[str, ...]] = (SOURCE_COLUMN,)
 
-    def __init__(self, hidden_size: int, bottleneck_size: int = 384, layers: Sequence[int | str] = (-1,)) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        bottleneck_size: int = 384,
+        layers: Sequence[int | str] = (-1,),
+        initialization: str = "xavier",
+    ) -> None:
         super().__init__()
+        if initialization not in INITIALIZATIONS:
+            raise ValueError(f"`initialization` should be one of {', '.join(INITIALIZATIONS)}, got {initialization!r}.")
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"`layers` should name at least one layer, each once, got {list(layers)}.")
         self.layers = list(layers)
-        self.networks = nn.ModuleList(GatedBottleneck(hidden_size, bottleneck_size) for _ in layers)
+        self.networks = nn.ModuleList(GatedBottleneck(hidden_size, bottleneck_size, initialization) for _ in layers)
         self.layer_logits = nn.Parameter(torch.zeros(len(layers)))
 
     @contextmanager
@@ -72,13 +86,15 @@ class RepresentationTransform(MetaModule):
 class GatedBottleneck(nn.Module):
     """``Linear - ReLU - Linear`` whose last output channel gates the others. Shape: ``[..., H]`` to ``[..., H]``."""
 
-    def __init__(self, hidden_size: int, bottleneck_size: int) -> None:
+    def __init__(self, hidden_size: int, bottleneck_size: int, initialization: str = "xavier") -> None:
         super().__init__()
         self.down = nn.Linear(hidden_size, bottleneck_size)
         self.up = nn.Linear(bottleneck_size, hidden_size + 1)
         for linear in (self.down, self.up):
             nn.init.xavier_normal_(linear.weight)
             nn.init.zeros_(linear.bias)
+        if initialization == "identity":
+            nn.init.zeros_(self.up.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Transform hidden states ``[..., H]``."""

@@ -298,3 +298,19 @@ def test_a_batch_that_does_not_tell_source_from_target_is_refused():
 
 def test_it_asks_for_the_column_that_it_reads():
     assert RepresentationTransform(HIDDEN).batch_columns == ("is_source",)
+
+
+def test_the_identity_initialization_leaves_source_states_as_they_are_and_has_a_gradient():
+    transform = RepresentationTransform(8, 4, initialization="identity")
+    network = transform.networks[0]
+    hidden = torch.randn(2, 3, 8)
+    assert torch.equal(network(hidden), torch.zeros_like(hidden))
+    network(hidden).square().sum().backward()
+    network.zero_grad()
+    (network(hidden) - 1).square().sum().backward()
+    assert network.up.weight.grad.abs().sum() > 0
+
+
+def test_an_unknown_initialization_is_refused():
+    with pytest.raises(ValueError, match="`initialization` should be one of xavier, identity, got 'zero'"):
+        RepresentationTransform(8, 4, initialization="zero")

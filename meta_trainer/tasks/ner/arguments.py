@@ -111,6 +111,12 @@ class NerArguments:
         for name in FILE_FIELDS:
             self._check_file(name)
 
+    @property
+    def dataset_name(self) -> str:
+        """The data of both languages, as a model card names them."""
+        source = _data_name(self.source_data, self.source_subset, self.source_train_file)
+        return f"{source} and {_data_name(self.target_data, self.target_subset, self.target_train_file)}"
+
     def path(self, name: str) -> Path:
         """Return where the file or folder ``name`` is looked up."""
         folder = Path(self.data_dir or os.environ.get("META_TRAINER_DATA") or ".").expanduser()
@@ -156,3 +162,9 @@ class NerArguments:
             raise ValueError(f"{name}={value!r}: expected a file that ends in one of {', '.join(FILE_SUFFIXES)}.")
         if not path.is_file():
             raise ValueError(f"{name}: there is no file {path.absolute()}; relative paths start from data_dir.")
+
+
+def _data_name(data: str | None, subset: str | None, file: str | None) -> str:
+    if data is None:
+        return Path(str(file)).stem
+    return f"{data} ({subset})" if subset else data
