@@ -69,6 +69,12 @@ def _list() -> int:
 def _help(everything: bool) -> int:
     from meta_trainer.recipe import make_parser
 
-    parser = make_parser()
-    print(parser.format_help() if everything else parser.format_short_help())
+    console = Console()
+    console.print("usage: meta-trainer train --config RECIPE [--key value ...]\n", markup=False)
+    console.print("A key is set in the recipe, a flat YAML file, or on the command line, which wins.")
+    for table in make_parser().help_tables(everything):
+        console.print()
+        console.print(table)
+    if not everything:
+        console.print("\n`--help-all` shows every field of transformers.TrainingArguments besides.")
     return 0

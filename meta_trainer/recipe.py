@@ -27,8 +27,6 @@ class RunArguments:
         metadata={"help": "Also train the same model without the meta module, first, into <output_dir>/baseline."},
     )
 
-    _argument_group_name = "run"
-
 
 @dataclass
 class MetaModuleArguments:
@@ -56,8 +54,6 @@ class MetaModuleArguments:
         default="unperturbed",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
     )
-
-    _argument_group_name = "meta module"
 
     def __post_init__(self) -> None:
         """Refuse unknown meta modules and sizes below one."""
@@ -88,8 +84,15 @@ class Recipe:
 
 def make_parser() -> SettingsParser:
     """Parser of all keys that a recipe may have."""
-    kinds = (RunArguments, NerArguments, ModelArguments, MetaModuleArguments, MetaTrainingArguments)
-    return SettingsParser(kinds, prog="meta-trainer train")
+    return SettingsParser(
+        {
+            "run": RunArguments,
+            "data": NerArguments,
+            "model": ModelArguments,
+            "meta module": MetaModuleArguments,
+            "meta step": MetaTrainingArguments,
+        }
+    )
 
 
 def read_recipe(config: str | None, overrides: list[str]) -> Recipe:

@@ -2,11 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from types import NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
+from rich.markup import escape
+from rich.table import Table
 from transformers import HfArgumentParser, TrainingArguments
 
 # Of Trainer's many fields, those that a run is likely to set; the others stay out of the short help.
@@ -25,15 +27,14 @@ class SettingsParser(HfArgumentParser):
     """Parse settings into dataclasses.
 
     Args:
-        kinds: The dataclasses; their fields are the keys, each in one dataclass only.
-        **keywords: Of `argparse.ArgumentParser`.
+        kinds: The dataclasses by the title of their group; their fields are the keys, each in one dataclass only.
     """
 
-    def __init__(self, kinds: Iterable[Any], **keywords: Any) -> None:
-        self.kinds = list(kinds)
+    def __init__(self, kinds: dict[str, Any]) -> None:
+        self.kinds = kinds
         # An abbreviated key would be taken for the wrong one as soon as a field is added.
-        super().__init__(self.kinds, allow_abbrev=False, **keywords)
-        hints = {name: hint for kind in self.kinds for name, hint in get_type_hints(kind).items()}
+        super().__init__(list(kinds.values()), allow_abbrev=False)
+        hints = {name: hint for kind in kinds.values() for name, hint in get_type_hints(kind).items()}
         self._trainer_fields = set(get_type_hints(TrainingArguments))
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
@@ -62,7 +63,7 @@ class SettingsParser(HfArgumentParser):
                 raise ValueError(f"Unexpected argument {flag!r}. Settings are given as `--key value`.")
             raise ValueError(f"Unknown key {flag!r}.{self._suggestion(flag.lstrip('-').split('=')[0])}")
         self.resolved = {key: value for key, value in vars(namespace).items() if key in self._actions_by_key}
-        return tuple(self._instantiate(kind) for kind in self.kinds)
+        return tuple(self._instantiate(kind) for kind in self.kinds.values())
 
     def error(self, message: str) -> NoReturn:
         """Raise what `argparse` finds wrong, without its page of usage."""
@@ -74,15 +75,29 @@ class SettingsParser(HfArgumentParser):
             return None
         return super()._get_value(action, arg_string)
 
-    def format_short_help(self) -> str:
-        """Help without Trainer's less common fields."""
-        for action in self._actions:
-            if action.dest in self._trainer_fields - COMMON_TRAINING_FIELDS or action.option_strings[0].startswith(
-                "--no_"
-            ):
-                action.help = argparse.SUPPRESS
-        self.usage = "meta-trainer train [--config RECIPE] [--key value ...]"
-        return self.format_help()
+    def help_tables(self, everything: bool = False) -> Iterator[Table]:
+        """One table of keys, defaults and meanings for each group; of Trainer's fields the common ones or all."""
+        shown: set[str] = set()
+        for title, kind in self.kinds.items():
+            own = [name for name in kind.__dataclass_fields__ if name not in self._trainer_fields]
+            yield self._help_table(title, own)
+            shown.update(own)
+        rest = [key for key in self._actions_by_key if key not in shown]
+        yield self._help_table(
+            "training", rest if everything else [key for key in rest if key in COMMON_TRAINING_FIELDS]
+        )
+
+    def _help_table(self, title: str, keys: Sequence[str]) -> Table:
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+        table.add_column("key", no_wrap=True, style="cyan")
+        table.add_column("default")
+        table.add_column("meaning", ratio=1)
+        for key in keys:
+            action = self._actions_by_key[key]
+            default = action.default if isinstance(action.default, list) else [action.default]
+            meaning = " ".join((action.help or "").replace("%%", "%").split())
+            table.add_row(f"--{key}", escape(" ".join(str(d) for d in default if d not in (None, ""))), escape(meaning))
+        return table
 
     def _instantiate(self, kind: Any) -> Any:
         names = {name for name, f in kind.__dataclass_fields__.items() if f.init}
