@@ -47,7 +47,7 @@ def _train(config: str | None, overrides: list[str]) -> int:
             raise ValueError("Nothing to train: give a recipe, `meta-trainer train --config RECIPE`.")
         recipe = read_recipe(config, overrides)
         methods = prepare(recipe)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"meta-trainer: error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
     run(recipe, methods, console)

@@ -41,12 +41,12 @@ def prepare(recipe: Recipe) -> list[PreparedMethod]:
     Raises:
         ValueError: If data, model and settings do not fit together.
     """
-    methods = [_prepare_method(recipe, recipe.run.method, recipe.training, recipe.module.meta_module)]
+    plans = [(recipe.run.method, recipe.training, recipe.module.meta_module)]
     if recipe.run.compare_with_baseline:
         training = copy.copy(recipe.training)
         training.output_dir = str(Path(str(recipe.training.output_dir)) / "baseline")
-        methods.insert(0, _prepare_method(recipe, BASELINE, training, []))
-    return methods
+        plans.insert(0, (BASELINE, training, []))
+    return [_prepare_method(recipe, *plan) for plan in plans]
 
 
 def run(recipe: Recipe, methods: list[PreparedMethod], console: Console) -> list[MethodResult]:
@@ -77,7 +77,10 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
 def _prepare_method(
     recipe: Recipe, name: str, training: MetaTrainingArguments, meta_module_names: list[str]
 ) -> PreparedMethod:
-    training.resume_from_checkpoint = _find_checkpoint(training)
+    training.resume_from_checkpoint = _find_checkpoint(training, recipe.run.compare_with_baseline)
+    if training.device.type == "cpu":
+        # Pinned memory is for transfers to an accelerator; without one it is only warned about.
+        training.dataloader_pin_memory = False
     task = build_ner_task(
         recipe.task,
         recipe.model,
@@ -105,19 +108,27 @@ def _prepare_method(
     return PreparedMethod(name, task, trainer, meter)
 
 
-def _find_checkpoint(training: MetaTrainingArguments) -> str | None:
-    """Folder of the checkpoint to resume from; ``last`` stands for the last one in the output folder."""
-    setting = training.resume_from_checkpoint
+def _find_checkpoint(training: MetaTrainingArguments, one_of_two: bool) -> str | None:
+    """Folder of the checkpoint to resume from; ``last`` stands for the last one in the output folder.
+
+    Of two methods, the one that had not come to its first checkpoint starts anew.
+    """
+    setting, output_dir = training.resume_from_checkpoint, str(training.output_dir)
     if setting is None:
         return None
-    output_dir = str(training.output_dir)
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    checkpoint = last if setting == "last" else setting
-    if checkpoint is None or not Path(checkpoint).is_dir():
+    if setting in ("last", "true", "True"):
+        checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+        if checkpoint is None and not one_of_two:
+            raise ValueError(f"resume_from_checkpoint={setting!r}: there is no checkpoint in {output_dir}.")
+        return checkpoint
+    if one_of_two:
         raise ValueError(
-            f"resume_from_checkpoint={setting!r}: there is no checkpoint {checkpoint or f'in {output_dir}'}."
+            f"With `compare_with_baseline`, `resume_from_checkpoint` should be 'last', got {setting!r}: each method "
+            "has checkpoints of its own."
         )
-    return checkpoint
+    if not Path(setting).is_dir():
+        raise ValueError(f"resume_from_checkpoint={setting!r}: there is no checkpoint of that name.")
+    return setting
 
 
 def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
@@ -132,7 +143,8 @@ def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
     metrics = {} if dataset is None else trainer.evaluate(dataset, metric_key_prefix="test")
     scores = {key.removeprefix("test_"): float(value) for key, value in metrics.items()}
     # Trainer takes a model without a folder for one that was fine-tuned; this one has just been saved.
-    trainer.model.config.name_or_path = str(trainer.args.output_dir)
+    config: Any = trainer.model.config
+    config.name_or_path = str(trainer.args.output_dir)
     trainer.create_model_card(
         finetuned_from=recipe.model.model_name_or_path, tasks="token-classification", dataset=recipe.task.dataset_name
     )

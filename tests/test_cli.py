@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -111,6 +112,7 @@ def test_a_fixed_meta_split_and_the_weight_net_run(recipe, tmp_path):
         (["--source_subset", "xx_XX"], "xx_XX"),
         (["--resume_from_checkpoint", "last"], "no checkpoint"),
         (["--resume_from_checkpoint", "./no/such/checkpoint"], "no checkpoint"),
+        (["--compare_with_baseline", "true", "--resume_from_checkpoint", "./x"], "should be 'last'"),
     ],
 )
 def test_wrong_input_gives_one_message_and_exit_code_2(recipe, capfd, arguments, message):
@@ -120,6 +122,20 @@ def test_wrong_input_gives_one_message_and_exit_code_2(recipe, capfd, arguments,
     assert message in error
     assert "meta-trainer: error: " in error
     assert "Traceback" not in error
+
+
+def test_a_comparison_resumes_each_method_from_its_own_last_checkpoint(recipe, tmp_path):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    for folder in (straight, stopped):
+        assert main(["train", "--config", recipe(compare_with_baseline=True), "--output_dir", str(folder)]) == 0
+    # As if the run had been stopped in the baseline.
+    shutil.rmtree(stopped / "baseline" / "checkpoint-6")
+    for checkpoint in stopped.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    resume = ["--output_dir", str(stopped), "--resume_from_checkpoint", "last"]
+    assert main(["train", "--config", recipe(compare_with_baseline=True), *resume]) == 0
+    for name in ("baseline/model.safetensors", "model.safetensors", "meta_module/model.safetensors"):
+        assert (straight / name).read_bytes() == (stopped / name).read_bytes()
 
 
 def test_no_recipe_at_all_is_refused(capsys):
