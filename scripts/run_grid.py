@@ -102,21 +102,39 @@ def run_missing(cells: Sequence[Cell], jobs: int) -> None:
 
 
 def markdown_table(grid: Grid, cells: Sequence[Cell]) -> str:
-    """F1 as mean and standard deviation over seeds, per method and target, and what a step costs."""
+    """F1 as mean and standard deviation over seeds, per method and target, and what a step costs.
+
+    Costs are medians over the targets that every method runs on, so that rows can be compared.
+    """
     results = [(cell, result) for cell in cells if (result := cell.result) is not None]
     targets = list(grid.targets)
+    common = [target for target in targets if all(target in only for only in grid.only.values())]
     lines = [f"| method | {' | '.join(targets)} | mean | ms per step | peak MiB |", "|---" * (len(targets) + 4) + "|"]
     for method in grid.recipes:
         own = [(cell.target, result) for cell, result in results if cell.method == method]
         scores = {t: [100 * r["metrics"][grid.metric] for target, r in own if target == t] for t in targets}
         means = [statistics.mean(values) for values in scores.values() if values]
-        complete = len(means) == len(targets)
-        cost = [
-            f"{statistics.median(r[key] for _, r in own):.0f}" if own else "" for key in ("step_ms", "peak_memory_mib")
-        ]
-        row = [method, *(_mean_and_deviation(scores[t]) for t in targets)]
-        lines.append(f"| {' | '.join([*row, f'{statistics.mean(means):.2f}' if complete else '', *cost])} |")
-    return "\n".join([*lines, "", *_averages_over_common_targets(grid, results)])
+        mean = f"{statistics.mean(means):.2f}" if len(means) == len(targets) else ""
+        costs = [_median([r[key] for target, r in own if target in common]) for key in ("step_ms", "peak_memory_mib")]
+        lines.append(f"| {' | '.join([method, *(_mean_and_deviation(scores[t]) for t in targets), mean, *costs])} |")
+    return "\n".join([*lines, "", *_paired_differences(grid, results), *_averages_over_common_targets(grid, results)])
+
+
+def _paired_differences(grid: Grid, results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
+    """Every method against the first one, on the same targets and seeds."""
+    scores = {(c.method, c.target, c.seed): 100 * r["metrics"][grid.metric] for c, r in results}
+    baseline, *methods = grid.recipes
+    lines = []
+    for method in methods:
+        pairs = [(f1, scores.get((baseline, t, seed))) for (name, t, seed), f1 in scores.items() if name == method]
+        differences = [f1 - reference for f1, reference in pairs if reference is not None]
+        if len(differences) > 1:
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            lines.append(
+                f"{method} − {baseline}: {statistics.mean(differences):+.2f} ± {error:.2f} "
+                f"(standard error over {len(differences)} pairs of target and seed).  "
+            )
+    return lines
 
 
 def _averages_over_common_targets(grid: Grid, results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
@@ -129,6 +147,10 @@ def _averages_over_common_targets(grid: Grid, results: Sequence[tuple[Cell, dict
             means.append(f"{method} {statistics.mean(values):.2f}" if values else f"{method} –")
         lines.append(f"Average over the targets of {partial} ({', '.join(targets)}): {', '.join(means)}.")
     return lines
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.0f}" if values else ""
 
 
 def _mean_and_deviation(values: Sequence[float]) -> str:

@@ -65,6 +65,7 @@ def test_the_table_has_means_deviations_and_averages_over_common_targets(grid):
     table = run_grid.markdown_table(grid, cells)
     assert "| joint | 60.0 ± 14.1 | 30.0 ± 0.0 | 45.00 | 10 | 5 |" in table
     assert "| exact |  | 50.0 ± 14.1 |  | 10 | 5 |" in table
+    assert "exact − joint: +20.00 ± 10.00 (standard error over 2 pairs of target and seed)." in table
     assert "Average over the targets of exact (gn): joint 30.00, exact 50.00." in table
 
 
