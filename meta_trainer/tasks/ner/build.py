@@ -37,7 +37,7 @@ def build_ner_task(
         seed: Seed of the weights that are not pretrained and of the draws of target sentences.
         with_meta: Whether a meta module is trained. If not, batches hold source and target sentences, nothing
             else, and every target sentence is trained on.
-        meta_batch_size: Target sentences of a meta batch.
+        meta_batch_size: Target sentences of a meta batch; without a meta module they are drawn and not used.
         mark_source: Whether batches for a meta module say which of their rows are source sentences.
 
     Returns:
@@ -64,9 +64,10 @@ def build_ner_task(
         DataCollatorForTokenClassification(tokenizer),
         encode(target_train, tokenizer, data.tags, ner.max_length),
         ner.target_batch_size,
-        meta_batch_size if per_batch_meta else 0,
+        meta_batch_size if ner.meta_split == "per_batch" else 0,
         seed,
         mark_source=with_meta and mark_source,
+        carry_meta=with_meta,
     )
     return Task(
         model_init=partial(make_model, model, config, seed),

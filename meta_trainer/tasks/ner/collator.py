@@ -33,6 +33,8 @@ class SourceTargetCollator:
             0: no meta batch.
         seed: Seed of the draws.
         mark_source: Whether batches say by ``is_source`` (bool, ``[B]``) which rows are source sentences.
+        carry_meta: Whether batches hold the meta batch. Its sentences are drawn in any case, so that a baseline trains
+            on the same target sentences as the method that it stands beside.
 
     Raises:
         ValueError: If there are fewer target sentences than a step needs.
@@ -46,8 +48,9 @@ class SourceTargetCollator:
         meta_batch_size: int,
         seed: int,
         mark_source: bool,
+        carry_meta: bool = True,
     ) -> None:
-        needed = target_batch_size + meta_batch_size
+        needed = target_batch_size + (meta_batch_size if carry_meta else 0)
         if len(target) < needed:
             raise ValueError(
                 f"Each step takes {needed} distinct target sentences ({target_batch_size} to train on and "
@@ -60,6 +63,7 @@ class SourceTargetCollator:
         self.meta_batch_size = meta_batch_size
         self.seed = seed
         self.mark_source = mark_source
+        self.carry_meta = carry_meta
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the padded source rows, then the target rows; ``meta_batch`` holds the meta rows, padded."""
@@ -70,7 +74,7 @@ class SourceTargetCollator:
         batch = dict(self.pad(source + drawn[: self.target_batch_size]))
         if self.mark_source:
             batch["is_source"] = torch.arange(len(batch["input_ids"])) < len(source)  # [B]
-        if self.meta_batch_size:
+        if self.meta_batch_size and self.carry_meta:
             batch["meta_batch"] = dict(self.pad(drawn[self.target_batch_size :]))
         return batch
 
@@ -85,5 +89,5 @@ class SourceTargetCollator:
         for row in source:
             checksum = zlib.crc32(np.asarray(row["input_ids"], dtype=np.int64).tobytes(), checksum)
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, checksum]))
-        size = self.target_batch_size + self.meta_batch_size
+        size = min(self.target_batch_size + self.meta_batch_size, len(self.target))
         return [self.target[i] for i in generator.choice(len(self.target), size=size, replace=False)]

@@ -92,3 +92,14 @@ def test_rows_without_the_mark_are_only_padded():
 def test_too_few_target_sentences_are_refused_with_the_numbers():
     with pytest.raises(ValueError, match=r"takes 7 distinct target sentences \(3 to train on and 4 .* there are 6"):
         collator(count=6)
+
+
+def test_a_baseline_trains_on_the_target_sentences_of_the_method_beside_it():
+    features = source_features(0, 1)
+    method, baseline = collator()(features), collator(carry_meta=False, mark_source=False)(features)
+    assert set(baseline) == {"input_ids", "attention_mask", "labels"}
+    assert torch.equal(baseline["input_ids"], method["input_ids"])
+
+
+def test_a_baseline_needs_no_sentences_for_a_meta_batch():
+    assert len(collator(count=3, carry_meta=False)(source_features(0))["input_ids"]) == 1 + 3
