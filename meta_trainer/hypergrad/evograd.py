@@ -7,7 +7,7 @@ from torch import Tensor
 
 from meta_trainer.hypergrad.noise import Noise, Perturbations
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
-from meta_trainer.hypergrad.sandbox import Sandbox, inner_product
+from meta_trainer.hypergrad.sandbox import Sandbox
 
 
 def evograd(
@@ -56,12 +56,12 @@ def evograd(
         losses = problem.mean(losses)  # [K]
         weights = torch.softmax(-losses / temperature, dim=0)  # [K]
 
-        sandbox.move_to(*(torch._foreach_mul(perturbations[k], weights[k]) for k in range(num_candidates)))
+        sandbox.move_to(perturbations.combination(weights))
         sandbox.differentiate_theta(True)
         val_loss = sandbox.val_loss()
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
         theta_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]
-        scores = problem.mean(torch.stack([inner_product(theta_grad, e) for e in perturbations]).to(losses))  # [K]
+        scores = problem.mean(perturbations.inner_products(theta_grad).to(losses))  # [K]
 
         cotangents = loss_cotangents(losses, scores, temperature)  # [K]
         for cotangent, loss_grad in zip(cotangents, loss_grads, strict=True):

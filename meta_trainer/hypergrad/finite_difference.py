@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
-from meta_trainer.hypergrad.sandbox import Sandbox, inner_product
+from meta_trainer.hypergrad.sandbox import Sandbox
 
 
 def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: float = 0.01) -> Hypergradient:
@@ -42,14 +43,15 @@ def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: floa
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
         # Every replica has to move along the same direction, or their differences could not be averaged.
         val_grad, direct = [problem.mean(g) for g in grads[: len(problem.theta)]], grads[len(problem.theta) :]
-        norm = inner_product(val_grad, val_grad).sqrt()
+        blocks = sandbox.blocks
+        norm = inner_product(blocks.flatten(val_grad), blocks.flatten(val_grad)).sqrt()
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, step_size / norm, torch.ones_like(norm))
 
         sandbox.differentiate_theta(False)
         losses, loss_grads = [], []
         for side in (radius, -radius):
-            sandbox.move_to(torch._foreach_mul(val_grad, side))
+            sandbox.move_to(block * side for block in blocks.flatten(val_grad))
             loss = sandbox.train_loss()
             loss_grads.append(sandbox.gradient(loss, problem.meta_params))
             losses.append(loss.detach())

@@ -7,29 +7,42 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.flat_blocks import Block, FlatBlocks, inner_product
+
 Noise = str | Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 """A name of :data:`NOISE_NAMES`, or a function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
 
-
-def _sign(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.empty_like(tensor).bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
+_INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
-def _normal(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.empty_like(tensor).normal_(generator=generator)
+def _sign(block: Block, sigma: float, generator: torch.Generator) -> Tensor:
+    """Plus or minus `sigma`, at the price of one random bit an element."""
+    integers = _INTEGERS[block.dtype.itemsize]
+    bits = 8 * integers.itemsize
+    words = torch.empty(-(-block.numel // 64), dtype=torch.int64, device=block.device)
+    words = words.random_(-(2**63), None, generator=generator).view(integers)  # [W]
+    # Each shift brings another bit of every word to where a floating-point number has its sign.
+    shifted = words << torch.arange(bits, dtype=integers, device=block.device)[:, None]  # [bits, W]
+    signs = shifted.view(block.dtype).flatten()[: block.numel]
+    return torch.copysign(torch.full((), sigma, dtype=block.dtype, device=block.device), signs)
 
 
-_DISTRIBUTIONS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"sign": _sign, "normal": _normal}
+def _normal(block: Block, sigma: float, generator: torch.Generator) -> Tensor:
+    return torch.empty(block.numel, dtype=block.dtype, device=block.device).normal_(std=sigma, generator=generator)
+
+
+_DISTRIBUTIONS: dict[str, Callable[[Block, float, torch.Generator], Tensor]] = {"sign": _sign, "normal": _normal}
 
 NOISE_NAMES = tuple(_DISTRIBUTIONS)
 
 
-class Perturbations(Sequence[Sequence[Tensor]]):
-    r"""The K perturbations :math:`\epsilon_k` of one hypergradient, each a list of tensors aligned with `theta`.
+class Perturbations(Sequence[Iterator[Tensor]]):
+    r"""The K perturbations :math:`\epsilon_k` of one hypergradient.
 
-    A named distribution has zero mean and standard deviation `sigma`, and is drawn anew from its seed at every access:
-    the k-th item is the same each time, and memory holds no copy of it. Items are the same for any K. A function is
-    called once for each candidate, at construction, and its tensors are used as they are.
+    Each is an iterator over its flat blocks, aligned with `blocks`. A named distribution has zero mean and standard
+    deviation `sigma`, and is drawn anew from its seed at every access: the k-th item is the same each time, and memory
+    holds no copy of it. Items are the same for any K. A function is called once for each candidate, at construction,
+    and its tensors are used as they are.
 
     Args:
         noise: A name of :data:`NOISE_NAMES` or a function.
@@ -46,6 +59,7 @@ class Perturbations(Sequence[Sequence[Tensor]]):
         if isinstance(noise, str) and noise not in _DISTRIBUTIONS:
             names = ", ".join(repr(name) for name in NOISE_NAMES)
             raise ValueError(f"`noise` should be one of {names} or a function, got {noise!r}.")
+        self.blocks = FlatBlocks(theta)
         self._noise = noise
         self._theta = [t.detach() for t in theta]
         self._sigma = sigma
@@ -58,17 +72,25 @@ class Perturbations(Sequence[Sequence[Tensor]]):
         """K."""
         return len(self._seeds)
 
-    def __getitem__(self, k: int) -> list[Tensor]:  # type: ignore[override]
-        """Perturbation of candidate `k`."""
+    def __getitem__(self, k: int) -> Iterator[Tensor]:  # type: ignore[override]
+        """Flat blocks of the perturbation of candidate `k`."""
         if not isinstance(self._noise, str):
-            return self._given[k]
+            return self.blocks.flatten(self._given[k])
         draw, seed = _DISTRIBUTIONS[self._noise], self._seeds[k]
-        generators = {d: torch.Generator(d).manual_seed(seed) for d in {t.device for t in self._theta}}
-        return [draw(t, generators[t.device]).mul_(self._sigma) for t in self._theta]
+        generators = {d: torch.Generator(d).manual_seed(seed) for d in {block.device for block in self.blocks}}
+        return (draw(block, self._sigma, generators[block.device]) for block in self.blocks)
 
-    def __iter__(self) -> Iterator[list[Tensor]]:
-        """Perturbation of each candidate in turn."""
-        return (self[k] for k in range(len(self)))
+    def combination(self, weights: Tensor) -> Iterator[Tensor]:
+        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, with `weights` ``[K]``."""
+        for parts in zip(*self, strict=True):
+            total = parts[0] * weights[0].to(parts[0])
+            for part, weight in zip(parts[1:], weights[1:], strict=True):
+                total.addcmul_(part, weight.to(part))
+            yield total
+
+    def inner_products(self, tensors: Sequence[Tensor]) -> Tensor:
+        r"""``[K]``, :math:`\langle v, \epsilon_k \rangle` with a vector aligned with `theta`."""
+        return torch.stack([inner_product(self.blocks.flatten(tensors), epsilon) for epsilon in self])
 
     def _call(self, noise: Callable[[int, Sequence[Tensor]], Sequence[Tensor]], k: int) -> list[Tensor]:
         epsilon = list(noise(k, self._theta))

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.problem import BilevelProblem
 from meta_trainer.hypergrad.random_state import preserved_random_state
 
@@ -25,13 +26,15 @@ class Sandbox:
 
     def __init__(self, problem: BilevelProblem) -> None:
         self.problem = problem
+        self.blocks = FlatBlocks(problem.theta)
         self._cleanup = ExitStack()
 
     def __enter__(self) -> Self:
         """Copy what may change: parameters, state, random numbers, ``requires_grad`` and the grad mode."""
         problem = self.problem
         self._data = [t.data for t in problem.theta]
-        self._origin = [t.detach().clone() for t in problem.theta]
+        # Copied by the first move, so that what comes before it needs no room for the copy.
+        self._origin: list[Tensor] | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
             devices = {t.device for t in (*problem.theta, *problem.meta_params)}
@@ -49,13 +52,21 @@ class Sandbox:
     def __exit__(self, *exception: object) -> None:
         """Give everything back, whether or not an exception is under way."""
         self._cleanup.close()
+        self._origin = None
 
-    def move_to(self, *displacements: Iterable[Tensor]) -> None:
-        """Set the parameters to their original values plus the displacements; to the origin when there is none."""
-        with torch.no_grad():
-            torch._foreach_copy_(self._data, self._origin)
-            for displacement in displacements:
-                torch._foreach_add_(self._data, list(displacement))
+    @torch.no_grad()
+    def move_to(self, displacement: Iterable[Tensor] | None = None) -> None:
+        """Set the parameters to their original values, plus a displacement given by its flat blocks."""
+        if displacement is None:
+            if self._origin is not None:
+                torch._foreach_copy_(self._data, self._origin)
+            return
+        if self._origin is None:
+            self._origin = [t.clone() for t in self._data]
+        for block, step in zip(self.blocks, displacement, strict=True):
+            views = block.views(self._data)
+            torch._foreach_copy_(views, block.views(self._origin))
+            torch._foreach_add_(views, block.split(step))
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
@@ -95,8 +106,3 @@ class Sandbox:
         with torch.no_grad():
             for tensor, original in zip(self.problem.state, self._state, strict=True):
                 tensor.data.copy_(original)
-
-
-def inner_product(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Sum over all entries of the product of two aligned lists of tensors."""
-    return torch.stack([torch.dot(a.flatten(), b.flatten()) for a, b in zip(left, right, strict=True)]).sum()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
-from meta_trainer.hypergrad.sandbox import Sandbox, inner_product
+from meta_trainer.hypergrad.sandbox import Sandbox
 
 
 def t1t2(problem: BilevelProblem, lr: float = 1e-3) -> Hypergradient:
@@ -44,7 +45,7 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3) -> Hypergradient:
         train_grad = sandbox.gradient(train_loss, problem.theta, create_graph=True)
         step = torch._foreach_mul([grad.detach() for grad in train_grad], -lr)
 
-        sandbox.move_to(step)
+        sandbox.move_to(sandbox.blocks.flatten(step))
         val_loss = sandbox.val_loss()
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
         val_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]

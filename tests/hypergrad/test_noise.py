@@ -6,13 +6,14 @@ from problem_zoo import ZOO
 from torch.testing import assert_close
 
 from meta_trainer.hypergrad import evograd
+from meta_trainer.hypergrad.flat_blocks import CPU_BLOCK_SIZE
 from meta_trainer.hypergrad.noise import Perturbations
 
 THETA = [torch.zeros(100, 200), torch.zeros(3000)]
 
 
-def as_vector(tensors):
-    return torch.cat([t.flatten() for t in tensors])
+def as_vector(perturbation):
+    return torch.cat(list(perturbation))
 
 
 def no_perturbation(k, theta):
@@ -45,24 +46,41 @@ def test_a_perturbation_is_the_same_at_every_access_and_for_any_number_of_candid
 
 
 @pytest.mark.parametrize("noise", ["sign", "normal"])
-def test_candidates_seeds_and_tensors_are_independent(noise):
-    draw = Perturbations(noise, [torch.zeros(3000), torch.zeros(3000)], 3, sigma=1.0, seed=5)
-    other = Perturbations(noise, [torch.zeros(3000), torch.zeros(3000)], 3, sigma=1.0, seed=6)
+def test_candidates_seeds_and_elements_are_independent(noise):
+    draw, other = (Perturbations(noise, [torch.zeros(3000)], 3, sigma=1.0, seed=seed) for seed in (5, 6))
+    first = as_vector(draw[0])
 
-    pairs = [
-        (draw[0][0], draw[1][0]),
-        (draw[0][0], draw[2][0]),
-        (draw[0][0], other[0][0]),
-        (draw[0][0], draw[0][1]),
-    ]
-    for left, right in pairs:
-        assert abs((left * right).mean()) < 4 / 3000**0.5
+    partners = [as_vector(draw[1]), as_vector(draw[2]), as_vector(other[0])]
+    # A word of random bits gives one sign to each of 32 stretches: neighbours in a word are far apart in the vector.
+    partners += [first.roll(shift) for shift in (1, 2, 3000 // 32, 94, 1500)]
+    for partner in partners:
+        assert abs((first * partner).mean()) < 4 / 3000**0.5
+
+
+@pytest.mark.parametrize("noise", ["sign", "normal"])
+def test_blocks_are_independent(noise):
+    blocks = list(Perturbations(noise, [torch.zeros(2 * CPU_BLOCK_SIZE)], 2, sigma=1.0, seed=5)[0])
+
+    assert [len(block) for block in blocks] == [CPU_BLOCK_SIZE] * 2
+    assert abs((blocks[0] * blocks[1]).mean()) < 4 / CPU_BLOCK_SIZE**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_perturbations_have_the_type_of_the_parameters(dtype):
+def test_perturbations_are_at_least_single_precision(dtype):
     (epsilon,) = Perturbations("sign", [torch.zeros(4, dtype=dtype)], 2, sigma=0.5, seed=0)[1]
-    assert epsilon.dtype == dtype
+    assert epsilon.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert set(epsilon.abs().tolist()) == {0.5}
+
+
+@pytest.mark.parametrize("noise", ["sign", "normal", lambda k, theta: [torch.full_like(t, k + 1) for t in theta]])
+def test_combinations_and_inner_products_are_those_of_the_vectors(noise):
+    theta = [torch.zeros(100, 7).double(), torch.zeros(5).double()]
+    draw = Perturbations(noise, theta, 3, sigma=0.1, seed=5)
+    vectors = torch.stack([as_vector(epsilon) for epsilon in draw])  # [K, P]
+    weights, tensors = torch.randn(3).double(), [torch.randn_like(t) for t in theta]
+
+    assert_close(as_vector(draw.combination(weights)), weights @ vectors)
+    assert_close(draw.inner_products(tensors), vectors @ torch.cat([t.flatten() for t in tensors]))
 
 
 def test_a_function_is_called_once_per_candidate_with_the_unperturbed_parameters():
