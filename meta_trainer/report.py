@@ -6,7 +6,7 @@ import platform
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,18 @@ def environment() -> dict[str, str]:
     return {
         "meta-trainer": __version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in REPORTED_PACKAGES},
+        **{name: _version(name) for name in REPORTED_PACKAGES},
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if on_cuda else f"CPU ({platform.machine()})",
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def results_table(results: Sequence[MethodResult], metric: str, title: str) -> Table:

@@ -31,7 +31,7 @@ from meta_trainer.meta_metrics import MetaMetrics
 from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
-from meta_trainer.modules.meta_module import UNPERTURBED_LOSSES
+from meta_trainer.modules.meta_module import REFERENCE_LOSSES
 from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
 from meta_trainer.scope import select_parameters
 
@@ -129,7 +129,7 @@ class MetaTrainer(Trainer):
             # The objective is a mean over each micro-batch; Trainer divides it by their number.
             self.loss_is_scaled_for_ga = False
         self._meta_metrics = MetaMetrics()
-        self._doors_open = False
+        self._reference: Batch | None = None  # None while the doors are shut
         self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
@@ -169,7 +169,7 @@ class MetaTrainer(Trainer):
         inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         if self.meta_module.has_loss_door:
             num_items_in_batch = None
-        with self._open_doors(), _frozen(self.meta_parameters):
+        with self._open_doors({}), _frozen(self.meta_parameters):
             return super().training_step(model, inputs, num_items_in_batch)
 
     def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
@@ -224,11 +224,12 @@ class MetaTrainer(Trainer):
     def _bilevel_problem(
         self, model: nn.Module, theta: list[nn.Parameter], batch: Batch, meta_batch: Batch
     ) -> BilevelProblem:
-        if self.meta_module.reads_unperturbed_losses:
-            batch = {**batch, UNPERTURBED_LOSSES: self._unperturbed_losses(model, batch)}
+        reference: Batch = {}
+        if self.meta_module.reference_losses == "unperturbed":
+            reference[REFERENCE_LOSSES] = self._unperturbed_losses(model, batch)
 
         def train_loss() -> Tensor:
-            with self._open_doors(), self.compute_loss_context_manager():
+            with self._open_doors(reference), self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(batch))
 
         def val_loss() -> Tensor:
@@ -284,13 +285,15 @@ class MetaTrainer(Trainer):
         """The model's loss; on training batches, that of the meta module's three doors."""
         if self.meta_module is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not self._doors_open:
+        if self._reference is None:
             return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         batch = self.meta_module.transform_batch(inputs)
         with self.meta_module.attach(self.accelerator.unwrap_model(model), batch):
             if not self.meta_module.has_loss_door:
                 return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
             losses, outputs = self._per_example_losses(model, batch)
+        if self.meta_module.reference_losses:
+            batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
         loss = self.meta_module.reduce(losses, batch, outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -324,16 +327,17 @@ class MetaTrainer(Trainer):
     def _model_inputs(self, batch: Batch) -> Batch:
         if self.meta_module is None:
             return batch
-        hidden = {*self.meta_module.batch_columns, UNPERTURBED_LOSSES, META_BATCH}
+        hidden = {*self.meta_module.batch_columns, META_BATCH}
         return {key: value for key, value in batch.items() if key not in hidden}
 
     @contextmanager
-    def _open_doors(self) -> Iterator[None]:
-        self._doors_open = True
+    def _open_doors(self, reference: Batch) -> Iterator[None]:
+        """Let the meta module take part; `reference` keeps what all evaluations of one batch are to share."""
+        self._reference = reference
         try:
             yield
         finally:
-            self._doors_open = False
+            self._reference = None
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -41,9 +41,9 @@ class MetaModuleList(MetaModule):
         return tuple(dict.fromkeys(column for member in self for column in member.batch_columns))
 
     @property
-    def reads_unperturbed_losses(self) -> bool:  # type: ignore[override]
-        """Whether the member at the loss door does."""
-        return any(member.reads_unperturbed_losses for member in self)
+    def reference_losses(self) -> str | None:  # type: ignore[override]
+        """Those that the member at the loss door reads."""
+        return next((member.reference_losses for member in self if member.has_loss_door), None)
 
     @property
     def has_loss_door(self) -> bool:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 Batch = dict[str, Any]
 """A collated batch: column name to tensor."""
 
-UNPERTURBED_LOSSES = "unperturbed_losses"
-"""Batch key under which a candidate finds the per-example losses of the unperturbed model."""
+REFERENCE_LOSSES = "reference_losses"
+"""Batch key under which the loss door finds per-example losses that are the same for all candidates."""
 
 _DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
@@ -56,12 +56,13 @@ class MetaModule(
     Attributes:
         batch_columns: Columns of the batch that the doors read and the base model does not know. They reach the doors
             and are kept from the model.
-        reads_unperturbed_losses: Whether :meth:`reduce` wants ``batch["unperturbed_losses"]``, the per-example losses
-            at the unperturbed parameters, while candidates are evaluated.
+        reference_losses: Which per-example losses :meth:`reduce` finds as ``batch["reference_losses"]``, detached and
+            the same for all candidates: ``"shared"``, those of the first candidate; ``"unperturbed"``, those at the
+            unperturbed parameters, at the price of one more forward pass; None for none.
     """
 
     batch_columns: ClassVar[tuple[str, ...]] = ()
-    reads_unperturbed_losses: bool = False
+    reference_losses: str | None = None
 
     def transform_batch(self, batch: Batch) -> Batch:
         """Door 1: the batch that the model trains on. Returns a new dictionary where it changes anything."""

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meta_trainer.modules.meta_module import UNPERTURBED_LOSSES, Batch, MetaModule
+from meta_trainer.modules.meta_module import REFERENCE_LOSSES, Batch, MetaModule
+
+LOSS_INPUTS = ("shared", "unperturbed", "candidate")
 
 
 class MetaWeightNet(MetaModule):
@@ -18,26 +20,28 @@ class MetaWeightNet(MetaModule):
 
     A candidate of an evolutionary estimator has losses :math:`\ell_i(\theta_k)` of its own. Reading those, the
     network's own change along the perturbation would enter the hypergradient, which the exact one-step derivative with
-    detached input (T1-T2) does not have. So every candidate is weighed by the losses of the unperturbed model.
+    detached input (T1-T2) does not have. So the network reads the same losses for every candidate.
 
     Args:
         hidden_size: Width of the hidden layer.
-        loss_input: ``"unperturbed"``, or ``"candidate"`` to read each candidate's own losses, as the official EvoGrad
-            code does.
+        loss_input: ``"shared"``, the losses of the first candidate for all of them, which are those of the unperturbed
+            model up to the size of a perturbation and cost nothing; ``"unperturbed"``, exactly those, for one more
+            forward pass in a meta step over all parameters; or ``"candidate"``, each candidate's own losses, as the
+            official EvoGrad code does.
 
     Raises:
-        ValueError: If `loss_input` is neither of the two.
+        ValueError: If `loss_input` is none of the three.
 
     References:
         Shu et al., `Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting
         <https://arxiv.org/abs/1902.07379>`_, NeurIPS 2019.
     """
 
-    def __init__(self, hidden_size: int = 100, loss_input: str = "unperturbed") -> None:
+    def __init__(self, hidden_size: int = 100, loss_input: str = "shared") -> None:
         super().__init__()
-        if loss_input not in ("unperturbed", "candidate"):
-            raise ValueError(f"`loss_input` should be 'unperturbed' or 'candidate', got {loss_input!r}.")
-        self.reads_unperturbed_losses = loss_input == "unperturbed"
+        if loss_input not in LOSS_INPUTS:
+            raise ValueError(f"`loss_input` should be one of {', '.join(LOSS_INPUTS)}, got {loss_input!r}.")
+        self.reference_losses = None if loss_input == "candidate" else loss_input
         self.network = nn.Sequential(nn.Linear(1, hidden_size), nn.ReLU(), nn.Linear(hidden_size, 1), nn.Sigmoid())
 
     def forward(self, losses: Tensor) -> Tensor:
@@ -52,7 +56,7 @@ class MetaWeightNet(MetaModule):
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """Weighted mean of the losses ``[N]``."""
-        weights = self(batch.get(UNPERTURBED_LOSSES, losses) if self.reads_unperturbed_losses else losses)  # [N]
+        weights = self(batch.get(REFERENCE_LOSSES, losses) if self.reference_losses else losses)  # [N]
         total = weights.sum()
         # A sigmoid can underflow to zero for the whole batch.
         return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))

@@ -80,7 +80,7 @@ def test_every_door_is_the_identity_by_default():
     assert module.reduce(torch.tensor([1.0, 2.0, 6.0]), batch, None) == 3
     assert not module.has_loss_door
     assert module.batch_columns == ()
-    assert not module.reads_unperturbed_losses
+    assert module.reference_losses is None
     module.check_model(model)
 
 
@@ -122,8 +122,9 @@ def test_a_list_has_the_doors_and_the_wishes_of_its_members():
     assert weighing.has_loss_door
     assert weighing.reduce(losses, {}, None) == 9
     assert plain.batch_columns == ("shift",)
-    assert not weighing.reads_unperturbed_losses
-    assert MetaModuleList([AddToBatch(), MetaWeightNet()]).reads_unperturbed_losses
+    assert weighing.reference_losses is None
+    assert MetaModuleList([AddToBatch(), MetaWeightNet()]).reference_losses == "shared"
+    assert MetaModuleList([AddToBatch()]).reference_losses is None
     assert len(list(weighing.parameters())) == 2
 
 
@@ -217,7 +218,7 @@ def test_a_loaded_module_takes_an_argument_over_the_saved_one(tmp_path):
 
     loaded = MetaWeightNet.from_pretrained(tmp_path, loss_input="candidate")
 
-    assert not loaded.reads_unperturbed_losses
+    assert loaded.reference_losses is None
     assert loaded.to_config()["loss_input"] == "candidate"
 
 

@@ -40,7 +40,7 @@ def test_the_objective_of_equal_losses_is_that_loss():
     assert_close(MetaWeightNet().reduce(torch.full((4,), 2.5), {}, None), torch.tensor(2.5))
 
 
-@pytest.mark.parametrize("loss_input", ["unperturbed", "candidate"])
+@pytest.mark.parametrize("loss_input", ["shared", "unperturbed", "candidate"])
 def test_the_weights_are_constants_to_the_base_model(loss_input):
     """The gradient by a loss is its normalised weight and nothing else."""
     net, losses = MetaWeightNet(loss_input=loss_input), (torch.rand(5) * 3).requires_grad_()
@@ -50,22 +50,23 @@ def test_the_weights_are_constants_to_the_base_model(loss_input):
     assert_close(grad, weights / weights.sum())
 
 
-def test_it_reads_the_losses_of_the_unperturbed_model_where_there_are_any():
-    net, losses, unperturbed = MetaWeightNet(), torch.rand(4), torch.rand(4) * 5
-    weights = literal_weights(net, unperturbed)
+@pytest.mark.parametrize("loss_input", ["shared", "unperturbed"])
+def test_it_reads_the_reference_losses_where_there_are_any(loss_input):
+    net, losses, reference = MetaWeightNet(loss_input=loss_input), torch.rand(4), torch.rand(4) * 5
+    weights = literal_weights(net, reference)
 
-    found = net.reduce(losses, {"unperturbed_losses": unperturbed}, None)
+    found = net.reduce(losses, {"reference_losses": reference}, None)
 
-    assert net.reads_unperturbed_losses
+    assert net.reference_losses == loss_input
     assert_close(found, weights @ losses / weights.sum())
     assert not torch.allclose(found, net.reduce(losses, {}, None), rtol=1e-4)
 
 
 def test_the_candidate_variant_reads_the_losses_that_it_weighs():
-    net, losses, unperturbed = MetaWeightNet(loss_input="candidate"), torch.rand(4), torch.rand(4) * 5
+    net, losses, reference = MetaWeightNet(loss_input="candidate"), torch.rand(4), torch.rand(4) * 5
 
-    assert not net.reads_unperturbed_losses
-    assert torch.equal(net.reduce(losses, {"unperturbed_losses": unperturbed}, None), net.reduce(losses, {}, None))
+    assert net.reference_losses is None
+    assert torch.equal(net.reduce(losses, {"reference_losses": reference}, None), net.reduce(losses, {}, None))
 
 
 def test_weights_that_underflow_together_give_zero_and_not_nan():
@@ -96,7 +97,7 @@ def test_losses_that_are_not_one_per_example_are_refused(shape):
 
 
 def test_an_unknown_loss_input_is_refused():
-    with pytest.raises(ValueError, match="'unperturbed' or 'candidate', got 'own'"):
+    with pytest.raises(ValueError, match="one of shared, unperturbed, candidate, got 'own'"):
         MetaWeightNet(loss_input="own")
 
 
@@ -126,8 +127,15 @@ class NoisyClassification:
         """Hypergradient of a net that reads what `loss_input` says, as one vector."""
         net = MetaWeightNet(10, loss_input).double()
         net.load_state_dict(self.state)
-        batch = {"unperturbed_losses": self.losses().detach()} if net.reads_unperturbed_losses else {}
-        problem = self.problem(lambda: net.reduce(self.losses(), batch, None), net)
+        batch = {"reference_losses": self.losses().detach()} if loss_input == "unperturbed" else {}
+
+        def objective():
+            losses = self.losses()
+            if loss_input == "shared":
+                batch.setdefault("reference_losses", losses.detach())
+            return net.reduce(losses, batch, None)
+
+        problem = self.problem(objective, net)
         return torch.cat([grad.flatten() for grad in estimator(problem, **settings).grads])
 
     def t1t2_undetached(self, lr):
@@ -147,10 +155,11 @@ def cosine(left, right):
     return torch.cosine_similarity(left, right, dim=0).item()
 
 
-def test_finite_differences_of_unperturbed_input_agree_with_t1t2_of_detached_input():
+@pytest.mark.parametrize("reference", ["shared", "unperturbed"])
+def test_finite_differences_of_one_input_for_both_sides_agree_with_t1t2_of_detached_input(reference):
     case, lr = NoisyClassification(), 1e-4
     detached, undetached = case.estimate(t1t2, "candidate", lr=lr), case.t1t2_undetached(lr)
-    unperturbed = case.estimate(finite_difference, "unperturbed", lr=lr, step_size=1e-4)
+    unperturbed = case.estimate(finite_difference, reference, lr=lr, step_size=1e-4)
     candidate = case.estimate(finite_difference, "candidate", lr=lr, step_size=1e-4)
 
     assert cosine(detached, undetached) < 0.95
@@ -160,14 +169,15 @@ def test_finite_differences_of_unperturbed_input_agree_with_t1t2_of_detached_inp
     assert_close(candidate, undetached, rtol=1e-2, atol=1e-2 * undetached.norm().item())
 
 
-def test_the_mean_evograd_estimate_agrees_with_t1t2_likewise():
+@pytest.mark.parametrize("reference", ["shared", "unperturbed"])
+def test_the_mean_evograd_estimate_agrees_with_t1t2_likewise(reference):
     case, lr = NoisyClassification(), 1e-6
     detached, undetached = case.estimate(t1t2, "unperturbed", lr=lr), case.t1t2_undetached(lr)
 
     def mean(loss_input):
         return sum(case.estimate(evograd, loss_input, num_candidates=8, seed=seed) for seed in range(100))
 
-    unperturbed, candidate = mean("unperturbed"), mean("candidate")
+    unperturbed, candidate = mean(reference), mean("candidate")
     assert cosine(unperturbed, detached) > 0.98 > cosine(unperturbed, undetached)
     assert cosine(candidate, undetached) > 0.98 > cosine(candidate, detached)
 

@@ -123,9 +123,9 @@ class HiddenShift(MetaModule):
             hook.remove()
 
 
-def weight_net(seed: int = 0) -> MetaWeightNet:
+def weight_net(seed: int = 0, loss_input: str = "shared") -> MetaWeightNet:
     torch.manual_seed(seed)
-    return MetaWeightNet(hidden_size=4)
+    return MetaWeightNet(hidden_size=4, loss_input=loss_input)
 
 
 def arguments(
