@@ -34,6 +34,7 @@ from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES
 from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
 from meta_trainer.scope import select_parameters
+from meta_trainer.shared_forward import SharedForward
 
 logger = logging.get_logger(__name__)
 
@@ -130,6 +131,8 @@ class MetaTrainer(Trainer):
             self.loss_is_scaled_for_ga = False
         self._meta_metrics = MetaMetrics()
         self._reference: Batch | None = None  # None while the doors are shut
+        self._shared_forward = SharedForward(self.args.device)
+        self._base_step_follows = False
         self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
@@ -163,14 +166,19 @@ class MetaTrainer(Trainer):
         """The meta step, when one is due, and the base step."""
         if self.meta_module is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._meta_step_is_due():
-            self.meta_step(model, inputs)
-            self._last_meta_step_at = self.state.global_step
-        inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         if self.meta_module.has_loss_door:
             num_items_in_batch = None
-        with self._open_doors({}), _frozen(self.meta_parameters):
-            return super().training_step(model, inputs, num_items_in_batch)
+        base_inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
+        try:
+            if self._meta_step_is_due():
+                self._base_step_follows = True
+                self.meta_step(model, inputs)
+                self._last_meta_step_at = self.state.global_step
+            with self._shared_forward.base_step(), self._open_doors({}), _frozen(self.meta_parameters):
+                return super().training_step(model, base_inputs, num_items_in_batch)
+        finally:
+            self._base_step_follows = False
+            self._shared_forward.clear()
 
     def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
         """Update the meta module once along its hypergradient.
@@ -195,7 +203,9 @@ class MetaTrainer(Trainer):
             rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
             # Outside the scope nothing is differentiated, so that no graph is kept below it.
             with _frozen(rest):
-                result = self._estimate(self._bilevel_problem(base_model, theta, batch, meta_batch))
+                result = self._estimate(self._bilevel_problem(base_model, theta, rest, batch, meta_batch))
+        if not self._base_step_follows:
+            self._shared_forward.clear()
         self._update_meta_module(result)
         self._num_meta_steps += 1
         return result
@@ -222,15 +232,33 @@ class MetaTrainer(Trainer):
         return dict(self._prepare_inputs(batch)), dict(self._prepare_inputs(meta_batch))
 
     def _bilevel_problem(
-        self, model: nn.Module, theta: list[nn.Parameter], batch: Batch, meta_batch: Batch
+        self,
+        model: nn.Module,
+        theta: list[nn.Parameter],
+        rest: list[nn.Parameter],
+        batch: Batch,
+        meta_batch: Batch,
     ) -> BilevelProblem:
-        reference: Batch = {}
-        if self.meta_module.reference_losses == "unperturbed":
-            reference[REFERENCE_LOSSES] = self._unperturbed_losses(model, batch)
-
-        def train_loss() -> Tensor:
+        def objective(reference: Batch) -> Tensor:
             with self._open_doors(reference), self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(batch))
+
+        def forward_pass() -> None:
+            with self._without_trace(model):
+                objective({})
+
+        # T1-T2 runs its forward pass on other attention kernels than the base step.
+        if self.args.hypergradient != "t1t2":
+            changing = [*theta, *self.meta_parameters]
+            self._shared_forward.prepare(model, changing, rest, self._base_step_follows, forward_pass)
+        reference: Batch = {}
+        if self.meta_module.reference_losses == "unperturbed":
+            with self._without_trace(model), torch.no_grad(), self._shared_forward.evaluation():
+                objective(reference)
+
+        def train_loss() -> Tensor:
+            with self._shared_forward.evaluation():
+                return objective(reference)
 
         def val_loss() -> Tensor:
             with self.compute_loss_context_manager():
@@ -311,18 +339,16 @@ class MetaTrainer(Trainer):
             self._loss_checked = True
         return losses, outputs
 
-    def _unperturbed_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Per-example losses ``[N]`` of the model as it stands, seen with the candidates' random numbers."""
+    @contextmanager
+    def _without_trace(self, model: nn.Module) -> Iterator[None]:
+        """Give random numbers and buffers back after a forward pass."""
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        with torch.no_grad(), preserved_random_state([self.args.device]):
-            batch = self.meta_module.transform_batch(dict(batch))
+        with preserved_random_state([self.args.device]):
             try:
-                with self.meta_module.attach(model, batch), self.compute_loss_context_manager():
-                    losses, _ = self._per_example_losses(model, batch)
+                yield
             finally:
                 for buffer, original in buffers:
-                    buffer.copy_(original)
-        return losses
+                    buffer.data.copy_(original)
 
     def _model_inputs(self, batch: Batch) -> Batch:
         if self.meta_module is None:

@@ -114,6 +114,12 @@ def test_the_environment_names_the_versions_that_run():
     assert all(isinstance(value, str) and value for value in found.values())
 
 
+def test_the_environment_says_which_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr(report, "REPORTED_PACKAGES", ("torch", "no-such-package"))
+    assert environment()["no-such-package"] == "not installed"
+    assert environment()["torch"] == torch.__version__
+
+
 def test_the_picture_is_a_png_and_leaves_pyplot_alone(tmp_path):
     path = tmp_path / "run" / "results.png"
     draw_results([result(), result("EvoGrad", history=META_HISTORY)], "f1", path)

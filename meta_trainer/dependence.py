@@ -1,0 +1,125 @@
+"""Which calls of submodules, in a forward pass, do not depend on given tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+Call = tuple[nn.Module, int]
+"""A module and the ordinal of one of its calls within a forward pass, counted from 0."""
+
+
+def independent_calls(
+    model: nn.Module, sources: Sequence[Tensor], forward_pass: Callable[[], object]
+) -> tuple[Call, ...]:
+    """Find the calls whose results stay the same when `sources` change, by following the data through every operator.
+
+    Only calls of modules that own parameters count, and of nested ones the outermost. A call is left out when hooks run
+    inside it, since whoever calls it less often would miss them.
+
+    Args:
+        model: What `forward_pass` runs.
+        sources: The tensors that may change.
+        forward_pass: Runs the model once. The effects on buffers and random numbers are the caller's to undo.
+
+    Returns:
+        The calls in the order in which they end.
+    """
+    tracker = _Tracker(sources)
+    with patched_forwards(list(model.modules()), tracker.observe), tracker:
+        forward_pass()
+    return tuple(tracker.independent)
+
+
+@contextmanager
+def patched_forwards(
+    modules: Sequence[nn.Module], around: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Put ``around(module, forward)`` in the place of each module's `forward` for a while.
+
+    The hooks of a module run outside of it, as they do with its own `forward`.
+    """
+    # Others may have put a function of their own there, as accelerate does for mixed precision.
+    instance_forwards = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module in modules:
+            module.forward = around(module, module.forward)
+        yield
+    finally:
+        for module, forward in instance_forwards:
+            if forward is not None:
+                module.forward = forward
+            else:
+                module.__dict__.pop("forward", None)
+
+
+class _Tracker(TorchDispatchMode):
+    """Marks what is computed from the sources, and counts the operators that read it."""
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.independent: list[Call] = []
+        self._dependent = WeakIdKeyDictionary()
+        self._num_dependent_operations = 0
+        self._control_flow_depends = False
+        self._num_calls: Counter[nn.Module] = Counter()
+        for source in sources:
+            self._mark(source)
+
+    def observe(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward function of `module`, watched."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            ordinal = self._num_calls[module]
+            self._num_calls[module] += 1
+            operations, first_inner = self._num_dependent_operations, len(self.independent)
+            output = forward(*args, **kwargs)
+            untouched = self._num_dependent_operations == operations and not self._any_dependent(output)
+            if untouched and _may_be_skipped(module):
+                self.independent[first_inner:] = [(module, ordinal)]
+            return output
+
+        return watched
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        depends = self._control_flow_depends or self._any_dependent((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        if depends:
+            self._num_dependent_operations += 1
+            # A number that Python reads may decide on everything that follows.
+            self._control_flow_depends |= func is torch.ops.aten._local_scalar_dense.default
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self._mark(leaf)
+        return result
+
+    def _mark(self, tensor: Tensor) -> None:
+        if tensor.layout == torch.strided:
+            self._dependent[tensor.untyped_storage()] = True
+
+    def _any_dependent(self, tree: Any) -> bool:
+        # Autograd also sees through kernels that bypass the dispatcher.
+        return any(
+            leaf.requires_grad or leaf.layout != torch.strided or leaf.untyped_storage() in self._dependent
+            for leaf in tree_leaves(tree)
+            if isinstance(leaf, Tensor)
+        )
+
+
+def _may_be_skipped(module: nn.Module) -> bool:
+    if next(module.parameters(), None) is None or module._backward_hooks or module._backward_pre_hooks:
+        return False
+    inner = (submodule for submodule in module.modules() if submodule is not module)
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in inner
+    )
