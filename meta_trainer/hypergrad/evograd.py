@@ -56,7 +56,7 @@ def evograd(
         losses = problem.mean(losses)  # [K]
         weights = torch.softmax(-losses / temperature, dim=0)  # [K]
 
-        sandbox.move_to(perturbations.combination(weights))
+        sandbox.settle_at(lambda: perturbations.combination(weights))
         sandbox.differentiate_theta(True)
         val_loss = sandbox.val_loss()
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))

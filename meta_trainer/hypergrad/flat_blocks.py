@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CPU_BLOCK_SIZE = 2**18
+CPU_BLOCK_SIZE = 2**19
 """Elements of a block on the CPU: a few blocks fit the cache, where consecutive operations find them again."""
 
 DEVICE_BLOCK_SIZE = 2**24
@@ -52,9 +52,9 @@ class Block:
         return [piece.view(tensors[piece.index]) for piece in self._pieces]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """What of `tensors` lies in this block, as a flat tensor ``[numel]`` of the block's `dtype`; to read only."""
+        """What of `tensors` lies in this block, as a flat tensor ``[numel]`` to read."""
         parts = [piece.flatten(tensors[piece.index]) for piece in self._pieces]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self.dtype)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Parts of a flat tensor ``[numel]``, aligned with :meth:`views`."""
@@ -106,10 +106,10 @@ class FlatBlocks(Sequence[Block]):
         return self._blocks[index]
 
     def flatten(self, tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Each block of an aligned list of tensors, as a flat tensor to read."""
+        """Each block of an aligned list of tensors, as a flat tensor to calculate with."""
         # Autograd chooses the strides of a gradient freely.
         contiguous = [tensor.contiguous() for tensor in tensors]
-        return (block.flatten(contiguous) for block in self)
+        return (block.flatten(contiguous).to(block.dtype) for block in self)
 
 
 def _pieces_of(index: int, tensor: Tensor, size: int) -> Iterator[_Piece]:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.displacement import Displacement
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.problem import BilevelProblem
 from meta_trainer.hypergrad.random_state import preserved_random_state
@@ -33,8 +34,10 @@ class Sandbox:
         """Copy what may change: parameters, state, random numbers, ``requires_grad`` and the grad mode."""
         problem = self.problem
         self._data = [t.data for t in problem.theta]
+        self._versions = [t._version for t in problem.theta]
         # Copied by the first move, so that what comes before it needs no room for the copy.
         self._origin: list[Tensor] | None = None
+        self._last_move: Displacement | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
             devices = {t.device for t in (*problem.theta, *problem.meta_params)}
@@ -42,7 +45,7 @@ class Sandbox:
             for tensor in (*problem.theta, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
-            stack.callback(self.move_to)
+            stack.callback(self._return)
             stack.enter_context(torch.enable_grad())
             for tensor in problem.meta_params:
                 tensor.requires_grad_(True)
@@ -52,21 +55,36 @@ class Sandbox:
     def __exit__(self, *exception: object) -> None:
         """Give everything back, whether or not an exception is under way."""
         self._cleanup.close()
-        self._origin = None
 
     @torch.no_grad()
-    def move_to(self, displacement: Iterable[Tensor] | None = None) -> None:
-        """Set the parameters to their original values, plus a displacement given by its flat blocks."""
-        if displacement is None:
-            if self._origin is not None:
-                torch._foreach_copy_(self._data, self._origin)
-            return
+    def move_to(self, displacement: Iterable[Tensor]) -> None:
+        """Set the parameters to their original values plus a displacement, given by its flat blocks."""
         if self._origin is None:
             self._origin = [t.clone() for t in self._data]
         for block, step in zip(self.blocks, displacement, strict=True):
             views = block.views(self._data)
             torch._foreach_copy_(views, block.views(self._origin))
             torch._foreach_add_(views, block.split(step))
+
+    def move_back(self) -> None:
+        """Set the parameters to their original values."""
+        if self._origin is not None:
+            torch._foreach_copy_(self._data, self._origin)
+
+    @torch.no_grad()
+    def settle_at(self, displacement: Callable[[], Iterable[Tensor]]) -> None:
+        """Move for the last time, and drop the copy of the original values: what follows needs the memory.
+
+        Args:
+            displacement: Gives the flat blocks of the displacement, the same at every call.
+        """
+        if self._versions != [t._version for t in self.problem.theta]:
+            # A forward pass that writes into the parameters (`Embedding(max_norm=...)`) would spoil the way back.
+            self.move_to(displacement())
+            return
+        self.move_back()
+        self._last_move = Displacement(self.blocks, self._data, displacement)
+        self._origin = None
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
@@ -101,6 +119,13 @@ class Sandbox:
             raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
         # Low precision would round the differences between candidates away.
         return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+
+    @torch.no_grad()
+    def _return(self) -> None:
+        if self._last_move is not None:
+            self._last_move.undo()
+        self.move_back()
+        self._last_move = self._origin = None
 
     def _restore_state(self) -> None:
         with torch.no_grad():

@@ -51,7 +51,7 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3) -> Hypergradient:
         val_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]
 
         # The second derivative is taken where the graph was recorded.
-        sandbox.move_to()
+        sandbox.move_back()
         mixed = sandbox.gradient(inner_product(train_grad, val_grad), problem.meta_params)
         score = inner_product(val_grad, step)
         total = torch._foreach_add(direct, mixed, alpha=-lr)
