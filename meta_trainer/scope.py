@@ -14,8 +14,9 @@ def select_parameters(model: nn.Module, perturb: str | Sequence[str]) -> list[nn
 
     Args:
         model: The base model. Of parameters that are tied, the first name counts.
-        perturb: ``"all"``; ``"head"``, everything outside the Hugging Face base model; or patterns of parameter names
-            with the wildcards of `fnmatch`. A pattern that names a module selects its parameters.
+        perturb: ``"all"``; ``"head"``, what a Hugging Face model has outside its base model, adapted by PEFT or not;
+            or patterns of parameter names with the wildcards of `fnmatch`. A pattern that names a module selects its
+            parameters.
 
     Raises:
         ValueError: If nothing is selected, or a pattern matches no trainable parameter.
@@ -27,7 +28,7 @@ def select_parameters(model: nn.Module, perturb: str | Sequence[str]) -> list[nn
     if patterns == ["all"]:
         return list(trainable.values())
     if patterns == ["head"]:
-        return _head(model, trainable)
+        return _head(model)
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in trainable):
             near = get_close_matches(pattern, trainable, n=3, cutoff=0.3)
@@ -41,16 +42,18 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
-def _head(model: nn.Module, trainable: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+def _head(model: nn.Module) -> list[nn.Parameter]:
+    # Inside PEFT's wrapper, whose `model` is all that it wraps, not a decoder's base model; its prompts are no head.
+    model = getattr(model, "get_base_model", lambda: model)()
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not hasattr(model, prefix):
         raise ValueError(
             f"perturb='head' needs a Hugging Face model with a head on a base model, got {type(model).__name__}. "
             "Name the parameters by patterns instead."
         )
-    # By identity: a wrapper such as PEFT's changes the names.
+    # By identity: adapters change the names, and a tied parameter has several.
     body = {id(p) for p in getattr(model, prefix).parameters()}
-    head = [p for p in trainable.values() if id(p) not in body]
+    head = [p for p in model.parameters() if p.requires_grad and id(p) not in body]
     if not head:
         raise ValueError(
             f"{type(model).__name__} has no trainable parameter outside its base model `{prefix}` (its "

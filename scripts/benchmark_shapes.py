@@ -30,7 +30,6 @@ class Shape:
         head_size: Of an attention head.
         intermediate_ratio: Size of the feed-forward layer, in hidden sizes.
         settings: Further ones of the configuration.
-        head: Patterns of the names of the head's parameters, for methods that perturb the head; or just "head".
         lora: Train adapters of rank 16 on the queries and the values, and the head, instead of the whole model.
         methods: Those that make sense for this model; all when empty.
         modules: Likewise.
@@ -46,7 +45,6 @@ class Shape:
     head_size: int = 64
     intermediate_ratio: float = 4.0
     settings: dict[str, Any] = field(default_factory=dict)
-    head: tuple[str, ...] = ("head",)
     lora: bool = False
     methods: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -92,8 +90,6 @@ SHAPES = {
             head_size=128,
             intermediate_ratio=2.6875,
             settings={"pad_token_id": 0},
-            # In an adapted decoder, the attribute of the base model's name is the whole model.
-            head=("*.score.modules_to_save.*",),
             lora=True,
             methods=("plain", "evograd", "evograd head", "finite difference"),
             modules=("mwn",),

@@ -142,8 +142,6 @@ def _groups_of(sweep: str, shape: Shape, options: Options) -> Iterator[Group]:
 def make_trainer(group: Group, method: Method, options: Options, max_steps: int, folder: str) -> Trainer:
     """Make a method's model and its trainer, which reports and saves nothing."""
     on_cuda = torch.cuda.is_available()
-    if method.settings.get("perturb") == "head":
-        method = method.with_settings(perturb=list(group.shape.head))
     args = MetaTrainingArguments(
         output_dir=folder,
         max_steps=max_steps,

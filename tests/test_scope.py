@@ -2,8 +2,18 @@
 
 import pytest
 import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForTokenClassification, BertModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 
 from meta_trainer.scope import select_parameters
 
@@ -13,12 +23,24 @@ SMALL = {
     "num_attention_heads": 2,
     "intermediate_size": 4,
     "vocab_size": 7,
+    "pad_token_id": 0,
 }
+
+# PEFT 0.21 reads a property that transformers 5.23 has renamed.
+uses_peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
 @pytest.fixture
 def bert():
     return BertForTokenClassification(BertConfig(**SMALL))
+
+
+def bert_classifier():
+    return BertForSequenceClassification(BertConfig(**SMALL))
+
+
+def llama_classifier():
+    return LlamaForSequenceClassification(LlamaConfig(**SMALL))
 
 
 def names_of(model, parameters):
@@ -127,6 +149,63 @@ def test_a_head_that_is_frozen_is_refused(bert):
     bert.classifier.requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable parameter outside its base model `bert`"):
         select_parameters(bert, "head")
+
+
+@uses_peft
+@pytest.mark.parametrize(("make", "adapted"), [(bert_classifier, "query"), (llama_classifier, "q_proj")])
+@pytest.mark.parametrize(("task_type", "trained"), [("SEQ_CLS", ("lora_", "modules_to_save")), (None, ("lora_",))])
+def test_all_of_an_adapted_model_is_its_adapters_and_the_head_saved_beside_them(make, adapted, task_type, trained):
+    # PEFT trains and saves the head where it knows the task.
+    model = get_peft_model(make(), LoraConfig(task_type=task_type, r=2, target_modules=[adapted]))
+    expected = [name for name, _ in model.named_parameters() if any(word in name for word in trained)]
+
+    assert all(any(word in name for name in expected) for word in trained)
+    assert names_of(model, select_parameters(model, "all")) == expected
+
+
+@uses_peft
+@pytest.mark.parametrize(
+    ("make", "adapted", "expected"),
+    [
+        (bert_classifier, "query", ["classifier.modules_to_save.default." + name for name in ("weight", "bias")]),
+        (llama_classifier, "q_proj", ["score.modules_to_save.default.weight"]),
+    ],
+)
+def test_the_head_of_an_adapted_model_has_no_adapters_of_the_body(make, adapted, expected):
+    model = get_peft_model(make(), LoraConfig(task_type="SEQ_CLS", r=2, target_modules=[adapted]))
+    assert names_of(model.get_base_model(), select_parameters(model, "head")) == expected
+
+
+@uses_peft
+def test_adapters_of_the_head_are_the_head():
+    model = get_peft_model(llama_classifier(), LoraConfig(r=2, target_modules=["q_proj", "score"]))
+    found = names_of(model.get_base_model(), select_parameters(model, "head"))
+    assert found == ["score.lora_A.default.weight", "score.lora_B.default.weight"]
+
+
+@uses_peft
+def test_learned_prompts_are_not_the_head():
+    config = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
+    model = get_peft_model(bert_classifier(), config)
+    prompt = model.prompt_encoder.default.embedding.weight
+
+    assert any(parameter is prompt for parameter in select_parameters(model, "all"))
+    found = names_of(model.get_base_model(), select_parameters(model, "head"))
+    assert found == ["classifier.modules_to_save.default.weight", "classifier.modules_to_save.default.bias"]
+
+
+@uses_peft
+def test_an_adapted_model_whose_head_is_frozen_is_refused():
+    model = get_peft_model(llama_classifier(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Classification has no trainable parameter outside its base model `model`"):
+        select_parameters(model, "head")
+
+
+@uses_peft
+def test_an_adapted_base_model_has_no_head():
+    model = get_peft_model(LlamaModel(LlamaConfig(**SMALL)), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="with a head on a base model, got LlamaModel"):
+        select_parameters(model, "head")
 
 
 def test_a_model_without_trainable_parameters_is_refused(bert):
