@@ -22,7 +22,6 @@ class Task:
         data_collator: Turns rows of any of these sets into a batch.
         compute_metrics: Scores of a prediction, by name.
         main_metric: Name of the score that says which model is better; higher is better.
-        per_batch_meta: Whether each training batch carries its own meta batch under the key ``meta_batch``.
     """
 
     model_init: Callable[[], PreTrainedModel]
@@ -34,4 +33,3 @@ class Task:
     data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     main_metric: str
-    per_batch_meta: bool

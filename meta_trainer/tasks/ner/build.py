@@ -59,7 +59,6 @@ def build_ner_task(
         return None if sentences is None else encode(sentences, tokenizer, data.tags, length)
 
     target_train, meta_dataset = split_target(data.target_train, ner, with_meta)
-    per_batch_meta = with_meta and ner.meta_split == "per_batch"
     collator = SourceTargetCollator(
         DataCollatorForTokenClassification(tokenizer),
         encode(target_train, tokenizer, data.tags, ner.max_length),
@@ -79,7 +78,6 @@ def build_ner_task(
         data_collator=collator,
         compute_metrics=EntityScores(data.tags, ner.metrics),
         main_metric="f1",
-        per_batch_meta=per_batch_meta,
     )
 
 

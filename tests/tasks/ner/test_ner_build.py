@@ -27,7 +27,6 @@ def trainer(task: Task, folder: Path) -> Trainer:
 
 def test_per_batch_draws_on_all_target_sentences_and_adds_a_meta_half(generated, tiny_model, tmp_path):
     task = build(generated(), tiny_model)
-    assert task.per_batch_meta
     assert task.meta_dataset is None
     assert len(task.data_collator.target) == 20
     batch = next(iter(trainer(task, tmp_path).get_train_dataloader()))
@@ -38,7 +37,6 @@ def test_per_batch_draws_on_all_target_sentences_and_adds_a_meta_half(generated,
 
 def test_a_fixed_split_parts_the_target_sentences_without_overlap(generated, tiny_model, tmp_path):
     task = build(generated(meta_split="fixed", meta_fraction=0.3), tiny_model)
-    assert not task.per_batch_meta
     assert task.meta_dataset is not None
     train = [tuple(row["input_ids"]) for row in task.data_collator.target]
     meta = [tuple(row["input_ids"]) for row in task.meta_dataset.to_list()]
@@ -53,7 +51,6 @@ def test_a_fixed_split_parts_the_target_sentences_without_overlap(generated, tin
 @pytest.mark.parametrize("meta_split", ["per_batch", "fixed"])
 def test_joint_training_trains_on_all_target_sentences_and_marks_nothing(generated, tiny_model, tmp_path, meta_split):
     task = build(generated(meta_split=meta_split), tiny_model, with_meta=False)
-    assert not task.per_batch_meta
     assert task.meta_dataset is None
     assert len(task.data_collator.target) == 20
     batch = next(iter(trainer(task, tmp_path).get_train_dataloader()))
