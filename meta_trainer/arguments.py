@@ -21,7 +21,7 @@ class MetaTrainingArguments(TrainingArguments):
     the EvoGrad paper's.
 
     Raises:
-        ValueError: If a setting is out of range or names nothing known.
+        ValueError: If a setting is out of range, names nothing known or does not go with the others.
     """
 
     hypergradient: str = field(
@@ -96,6 +96,23 @@ class MetaTrainingArguments(TrainingArguments):
         for name in ("meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
+        if self.hypergradient != "evograd" and not 0 < self.learning_rate < float("inf"):
+            raise ValueError(
+                f"`learning_rate` should be a positive number with hypergradient={self.hypergradient!r}, got "
+                f"{self.learning_rate}: it is the length of the inner step. Choose a positive one, or 'evograd', "
+                "which does without."
+            )
+
+    def check_activation_checkpointing(self) -> None:
+        """Raise a ValueError for reentrant checkpointing, which a meta step does not go with."""
+        # Older releases of transformers have the second name only.
+        for name in ("activation_checkpointing", "gradient_checkpointing"):
+            settings = getattr(self, f"{name}_kwargs", None)
+            if getattr(self, name, False) and isinstance(settings, dict) and settings.get("use_reentrant"):
+                raise ValueError(
+                    f"`{name}_kwargs` should have use_reentrant=False, got {settings['use_reentrant']!r}: a meta step "
+                    "takes gradients with `torch.autograd.grad`, which reentrant checkpointing does not support."
+                )
 
     @classmethod
     def from_training_arguments(cls, args: TrainingArguments, **settings: Any) -> MetaTrainingArguments:

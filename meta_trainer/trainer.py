@@ -105,6 +105,7 @@ class MetaTrainer(Trainer):
         per_example_loss: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
         self._refuse_engines()
+        self.args.check_activation_checkpointing()
         if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
             raise ValueError(
                 f"{type(meta_module).__name__} weighs examples, but `compute_loss_func` gives their average only. "

@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass, fields
 
 import pytest
-from tiny import arguments
+from tiny import arguments, meta_trainer, tiny_bert
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
 
-from meta_trainer import MetaTrainingArguments
+from meta_trainer import MetaTrainer, MetaTrainingArguments
+from meta_trainer.arguments import ESTIMATORS
 
 META_FIELDS = {f.name for f in fields(MetaTrainingArguments)} - {f.name for f in fields(TrainingArguments)}
 NAN, INF = float("nan"), float("inf")
@@ -37,6 +38,39 @@ def test_what_should_not_be_negative_is_checked(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"`{name}` should be zero or a positive number, got {value}"):
         arguments(tmp_path, **{name: value})
     assert getattr(arguments(tmp_path, **{name: 0}), name) == 0
+
+
+@pytest.mark.parametrize("value", [0, -1e-3, INF, NAN])
+def test_an_inner_step_without_a_length_is_refused_where_one_is_taken(tmp_path, value):
+    for hypergradient in ("t1t2", "finite_difference"):
+        with pytest.raises(ValueError, match=f"`learning_rate` should be .*={hypergradient!r}, got {value}"):
+            arguments(tmp_path, hypergradient=hypergradient, learning_rate=value)
+    assert arguments(tmp_path, hypergradient="evograd", learning_rate=0).learning_rate == 0
+
+
+@pytest.mark.parametrize("hypergradient", ESTIMATORS)
+@pytest.mark.parametrize("settings", [{"use_reentrant": True}, '{"use_reentrant": true}'])
+def test_reentrant_checkpointing_is_refused(tmp_path, hypergradient, settings):
+    checkpointing = {"activation_checkpointing": True, "activation_checkpointing_kwargs": settings}
+    with pytest.raises(ValueError, match=r"should have use_reentrant=False, got True: .*torch\.autograd\.grad"):
+        meta_trainer(tmp_path, hypergradient=hypergradient, **checkpointing)
+    MetaTrainer(tiny_bert(), arguments(tmp_path, **checkpointing))
+
+
+@pytest.mark.parametrize(
+    ("checkpointed", "settings"),
+    [(True, None), (True, {"every_n_layers": 2}), (True, {"use_reentrant": False}), (False, {"use_reentrant": True})],
+)
+def test_other_checkpointing_is_taken(tmp_path, checkpointed, settings):
+    args = arguments(tmp_path, activation_checkpointing=checkpointed, activation_checkpointing_kwargs=settings)
+    args.check_activation_checkpointing()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_reentrant_checkpointing_is_refused_under_its_old_name(tmp_path):
+    args = arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="should have use_reentrant=False"):
+        args.check_activation_checkpointing()
 
 
 @pytest.mark.parametrize("value", [1, 0, -2])
