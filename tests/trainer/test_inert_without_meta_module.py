@@ -13,11 +13,12 @@ from tiny import (
     batch_of,
     losses_only,
     meta_trainer,
-    points,
+    plain_trainer,
     same,
     sentences,
     snapshot,
     tiny_bert,
+    training_logs,
     weight_net,
 )
 from transformers import Trainer, TrainingArguments
@@ -40,6 +41,10 @@ def trained(folder, kind=Trainer, arguments_kind=TrainingArguments, **settings):
     trainer.train()
     trainer.save_model()
     return trainer
+
+
+def training_losses(trainer):
+    return [log["loss"] for log in training_logs(trainer)]
 
 
 def files(folder):
@@ -90,8 +95,7 @@ def of_trainer(tmp_path_factory):
     """Trainer after a run, by the number of accumulation steps."""
     runs = {}
     for steps in (1, 2):
-        args = arguments(tmp_path_factory.mktemp("run"), TrainingArguments, gradient_accumulation_steps=steps)
-        runs[steps] = Trainer(tiny_bert(), args, train_dataset=sentences(NUM_TRAIN, 1))
+        runs[steps] = plain_trainer(tmp_path_factory.mktemp("run"), gradient_accumulation_steps=steps)
         runs[steps].train()
     return runs
 
@@ -122,12 +126,11 @@ def test_a_module_that_does_nothing_leaves_the_base_steps_of_trainer_bit_for_bit
 
     assert found._num_meta_steps == 4
     assert same(snapshot(found.model), snapshot(expected.model))
-    losses = [log["loss"] for log in found.state.log_history if "loss" in log]
-    assert losses == [log["loss"] for log in expected.state.log_history if "loss" in log]
+    assert training_losses(found) == training_losses(expected)
 
 
 def test_a_meta_step_leaves_running_statistics_to_the_base_step(tmp_path):
-    expected = Trainer(PointClassifier(), arguments(tmp_path, TrainingArguments), train_dataset=points(NUM_TRAIN, 1))
+    expected = plain_trainer(tmp_path, PointClassifier())
     expected.train()
     found = meta_trainer(tmp_path, IdentityModule(), PointClassifier())
     found.train()
@@ -136,17 +139,12 @@ def test_a_meta_step_leaves_running_statistics_to_the_base_step(tmp_path):
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_mean_at_the_loss_door_is_the_loss_of_trainer(tmp_path, smoothing):
-    expected = Trainer(
-        tiny_bert(),
-        arguments(tmp_path, TrainingArguments, label_smoothing_factor=smoothing),
-        train_dataset=sentences(NUM_TRAIN, 1),
-    )
+    expected = plain_trainer(tmp_path, label_smoothing_factor=smoothing)
     expected.train()
     found = meta_trainer(tmp_path, MeanLoss(), label_smoothing_factor=smoothing)
     found.train()
     torch.testing.assert_close(snapshot(found.model), snapshot(expected.model), rtol=1e-5, atol=1e-6)
-    losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (found, expected)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert training_losses(found) == pytest.approx(training_losses(expected), abs=1e-6)
 
 
 def test_plain_training_arguments_get_the_defaults_of_the_meta_settings(tmp_path):
@@ -196,4 +194,4 @@ def test_bf16_autocast_trains_both(tmp_path):
     trainer.train()
     assert not same(snapshot(trainer.model), theta)
     assert not same(snapshot(trainer.meta_module), lam)
-    assert all(log["meta/skipped"] == 0 for log in trainer.state.log_history if "loss" in log)
+    assert all(log["meta/skipped"] == 0 for log in training_logs(trainer))

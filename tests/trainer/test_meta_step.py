@@ -20,9 +20,8 @@ from tiny import (
 from torch import nn
 from torch.nn import functional as F
 
+from meta_trainer.arguments import ESTIMATORS
 from meta_trainer.hypergrad import BilevelProblem, Hypergradient, evograd, finite_difference, t1t2
-
-ESTIMATORS = ["evograd", "t1t2", "finite_difference"]
 
 
 def random_state():

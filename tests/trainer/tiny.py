@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from meta_trainer import MetaModule, MetaTrainer, MetaTrainingArguments, MetaWeightNet
 
@@ -123,6 +123,11 @@ class HiddenShift(MetaModule):
             hook.remove()
 
 
+def examples_for(model: nn.Module, number: int, seed: int) -> list[dict[str, Any]]:
+    """Data that the model can read."""
+    return points(number, seed) if isinstance(model, PointClassifier) else sentences(number, seed)
+
+
 def weight_net(seed: int = 0, loss_input: str = "shared") -> MetaWeightNet:
     torch.manual_seed(seed)
     return MetaWeightNet(hidden_size=4, loss_input=loss_input)
@@ -144,6 +149,13 @@ def arguments(
     return kind(output_dir=str(folder), **{**defaults, **settings})
 
 
+def plain_trainer(folder: Path | str, model: nn.Module | None = None, **settings: Any) -> Trainer:
+    """What a `meta_trainer` is compared with: Trainer on the same model, train data and arguments."""
+    model = tiny_bert() if model is None else model
+    args = arguments(folder, TrainingArguments, **settings)
+    return Trainer(model, args, train_dataset=examples_for(model, NUM_TRAIN, 1))
+
+
 def meta_trainer(
     folder: Path | str,
     meta_module: MetaModule | None = None,
@@ -154,10 +166,9 @@ def meta_trainer(
 ) -> MetaTrainer:
     """A trainer on tiny data; `keywords` are its own, `settings` those of its arguments."""
     model = tiny_bert() if model is None else model
-    data = points if isinstance(model, PointClassifier) else sentences
-    given = {"train_dataset": data(NUM_TRAIN, 1), "meta_dataset": data(NUM_META, 2), **(keywords or {})}
+    data = {"train_dataset": examples_for(model, NUM_TRAIN, 1), "meta_dataset": examples_for(model, NUM_META, 2)}
     meta_module = weight_net() if meta_module is None else meta_module
-    return kind(model, arguments(folder, **settings), meta_module=meta_module, **given)
+    return kind(model, arguments(folder, **settings), meta_module=meta_module, **{**data, **(keywords or {})})
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
@@ -211,6 +222,11 @@ class Recorder(MetaTrainer):
         assert same(snapshot(self.model), theta)
         self.results.append(result)
         return result
+
+
+def training_logs(trainer: Trainer) -> list[dict[str, Any]]:
+    """The logs of training steps."""
+    return [log for log in trainer.state.log_history if "loss" in log]
 
 
 def losses_only(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
