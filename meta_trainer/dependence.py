@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ def independent_calls(
 ) -> tuple[Call, ...]:
     """Find the calls whose results stay the same when `sources` change, by following the data through every operator.
 
-    Only calls of modules that own parameters count, and of nested ones the outermost. A call is left out when hooks run
-    inside it, since whoever calls it less often would miss them.
+    Only calls of modules that own parameters count, and of nested ones the outermost. A call is left out where a hook
+    that stays on the model runs inside it, since it would run less often; and where its output is changed in place
+    later on.
 
     Args:
         model: What `forward_pass` runs.
-        sources: The tensors that may change.
+        sources: The tensors that may change. No other parameter requires a gradient.
         forward_pass: Runs the model once. The effects on buffers and random numbers are the caller's to undo.
 
     Returns:
@@ -36,7 +38,7 @@ def independent_calls(
     tracker = _Tracker(sources)
     with patched_forwards(list(model.modules()), tracker.observe), tracker:
         forward_pass()
-    return tuple(tracker.independent)
+    return tracker.outermost_independent_calls()
 
 
 @contextmanager
@@ -48,17 +50,34 @@ def patched_forwards(
     The hooks of a module run outside of it, as they do with its own `forward`.
     """
     # Others may have put a function of their own there, as accelerate does for mixed precision.
-    instance_forwards = [(module, module.__dict__.get("forward")) for module in modules]
+    instance_forwards = {module: module.__dict__.get("forward") for module in modules}
     try:
-        for module in modules:
+        for module in instance_forwards:
             module.forward = around(module, module.forward)
         yield
     finally:
-        for module, forward in instance_forwards:
+        for module, forward in instance_forwards.items():
             if forward is not None:
                 module.forward = forward
             else:
                 module.__dict__.pop("forward", None)
+
+
+@dataclass(frozen=True)
+class _FinishedCall:
+    """A call whose operators read nothing that depends on the sources.
+
+    Attributes:
+        call: Which.
+        first_inner: Position of the first call inside it in the list of finished calls.
+        output: The tensors that it returned.
+        versions: Theirs when it returned.
+    """
+
+    call: Call
+    first_inner: int
+    output: list[Tensor]
+    versions: list[int]
 
 
 class _Tracker(TorchDispatchMode):
@@ -66,11 +85,11 @@ class _Tracker(TorchDispatchMode):
 
     def __init__(self, sources: Sequence[Tensor]) -> None:
         super().__init__()
-        self.independent: list[Call] = []
         self._dependent = WeakIdKeyDictionary()
         self._num_dependent_operations = 0
         self._control_flow_depends = False
         self._num_calls: Counter[nn.Module] = Counter()
+        self._finished: list[_FinishedCall] = []
         for source in sources:
             self._mark(source)
 
@@ -78,16 +97,26 @@ class _Tracker(TorchDispatchMode):
         """The forward function of `module`, watched."""
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            ordinal = self._num_calls[module]
+            call = (module, self._num_calls[module])
             self._num_calls[module] += 1
-            operations, first_inner = self._num_dependent_operations, len(self.independent)
+            operations, first_inner = self._num_dependent_operations, len(self._finished)
             output = forward(*args, **kwargs)
-            untouched = self._num_dependent_operations == operations and not self._any_dependent(output)
-            if untouched and _may_be_skipped(module):
-                self.independent[first_inner:] = [(module, ordinal)]
+            if self._num_dependent_operations == operations and not self._any_dependent(output):
+                tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+                self._finished.append(_FinishedCall(call, first_inner, tensors, [t._version for t in tensors]))
             return output
 
         return watched
+
+    def outermost_independent_calls(self) -> tuple[Call, ...]:
+        """Of the calls that may be left out, those that are not inside another one."""
+        chosen: dict[int, Call] = {}
+        for position, finished in enumerate(self._finished):
+            unchanged = [t._version for t in finished.output] == finished.versions
+            if unchanged and _may_be_skipped(finished.call[0]):
+                chosen = {p: call for p, call in chosen.items() if p < finished.first_inner}
+                chosen[position] = finished.call
+        return tuple(chosen.values())
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -4,114 +4,141 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import has_compiled_regions, is_compiled_module
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from transformers.utils import logging
 
 from meta_trainer.dependence import Call, independent_calls, patched_forwards
+from meta_trainer.frozen import frozen, thawed
 from meta_trainer.hypergrad import RandomState
 
 logger = logging.get_logger(__name__)
 
+Answer = Callable[[Call, Callable[[], Any]], Any]
+"""Gives the result of a call; its second argument makes the call."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which calls are shared, each in the order in which they end.
+
+    Attributes:
+        by_candidates: Those that no perturbation reaches: they do the same for every candidate.
+        by_base_step: Those that the meta module does not reach either: they do the same in the base step, too.
+    """
+
+    by_candidates: tuple[Call, ...] = ()
+    by_base_step: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a call returned, and what it left behind.
+
+    Attributes:
+        output: With its graph.
+        leaves: The output without a graph, for candidates.
+        random_state: After the call.
+        buffers: Those of the module, with their values after the call.
+        num_calls: Calls of every module up to then.
+    """
+
+    output: Any
+    leaves: Any
+    random_state: RandomState
+    buffers: list[tuple[Tensor, Tensor]]
+    num_calls: Counter[nn.Module]
+
 
 class SharedForward:
-    """Keeps results of submodules from one evaluation of a train batch for the next.
+    """Runs that part of a train batch's forward pass once which several evaluations of the batch have in common.
 
-    They are the results of those calls that neither a perturbation nor the meta module changes: all that lies below the
-    lowest of them. In the first evaluation these calls run and record a graph for the base step. In the evaluations of
-    the other candidates they return what they returned before, and in the base step they return it with its graph, so
-    that the backward pass goes all the way down. Random numbers and buffers go on from where each call left them, so
-    that all numbers are those of separate evaluations.
+    What lies below the lowest perturbed parameter is the same for all candidates: they start from its results, and what
+    the meta module did to these is differentiated once for all. What also lies below the lowest door of the meta module
+    is the same in the base step, which starts from its results and their graph. Random numbers and buffers go on from
+    where the shared calls left them, so that all numbers are those of separate evaluations.
 
     Args:
         device: Whose random numbers a forward pass may draw, besides the CPU's.
+
+    Attributes:
+        intermediates: `BilevelProblem.intermediates`, known after the first evaluation.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._plan: tuple[object, tuple[Call, ...]] = (None, ())
+        self._key: object = None
+        self._plan = _Plan()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the batch."""
         self._num_calls: Counter[nn.Module] = Counter()
-        self._start((), ())
+        self._trainable: dict[nn.Module, list[nn.Parameter]] = {}
+        self._results: dict[Call, _Result] = {}
+        self.intermediates: list[tuple[Tensor, Tensor]] = []
 
     def prepare(
         self,
         model: nn.Module,
-        changing: Sequence[Tensor],
+        theta: Sequence[nn.Parameter],
+        meta_params: Sequence[nn.Parameter],
         trainable: Sequence[nn.Parameter],
-        keep_graph: bool,
         forward_pass: Callable[[], object],
     ) -> None:
         """Get ready for a new batch.
 
         Args:
             model: The base model.
-            changing: The perturbed parameters and those of the meta module.
-            trainable: The other parameters that the base step trains, frozen for now.
-            keep_graph: Whether a base step is going to use the first evaluation.
-            forward_pass: Evaluates the batch once without a trace, to find out what can be shared; called for the first
-                batch, and again when the model or the changing parameters are others.
+            theta: The perturbed parameters.
+            meta_params: Those of the meta module.
+            trainable: The other parameters, frozen for now, that a base step on this batch is going to train; none if
+                there is no such step.
+            forward_pass: Evaluates the batch without a trace, to find out what can be shared. Called for the first
+                batch, and again when the model or the parameters are others.
         """
-        key = (id(model), *map(id, changing))
-        if self._plan[0] != key:
-            self._plan = (key, self._find_calls(model, changing, bool(trainable), forward_pass))
-        self._start(self._plan[1], trainable if keep_graph else ())
-
-    def clear(self) -> None:
-        """Forget the batch."""
-        self._start((), ())
+        self.clear()
+        key = (id(model), *map(id, theta), *map(id, meta_params))
+        if self._key != key:
+            self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass)
+        wanted = {id(parameter) for parameter in trainable}
+        self._trainable = {m: [p for p in m.parameters() if id(p) in wanted] for m, _ in self._plan.by_base_step}
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """Around an evaluation of the batch for a candidate."""
+        """Around an evaluation of the batch: the first one records, later ones start from what it recorded."""
         if self._results:
-            with self._answering(lambda call, run: tree_map_only(Tensor, Tensor.detach, self._replay(call))):
+            with self._answering(self._plan.by_candidates, lambda call, run: self._replay(call).leaves):
                 yield
             return
         try:
-            with self._answering(self._record):
+            with self._answering((*self._plan.by_candidates, *self._plan.by_base_step), self._record):
                 yield
-            self._check_recording()
         except BaseException:
-            self._results.clear()
+            self.clear()
             raise
+        if self._results.keys() != {*self._plan.by_candidates, *self._plan.by_base_step}:
+            # The derivatives of this evaluation need its intermediates all the same.
+            self._results, self._plan = {}, _Plan()
+            _warn("it does not call the same submodules in every step")
 
     @contextmanager
     def base_step(self) -> Iterator[None]:
-        """Around the base step on the batch, whose own forward pass starts from the recorded graph."""
-        with self._answering(lambda call, run: self._replay(call)) if self._results else nullcontext():
+        """Around the base step on the batch; keeps no more than it needs."""
+        self._results = {call: result for call, result in self._results.items() if call in self._plan.by_base_step}
+        self.intermediates = []
+        with self._answering(tuple(self._results), lambda call, run: self._replay(call).output):
             yield
 
-    def _start(self, calls: tuple[Call, ...], trainable: Sequence[nn.Parameter]) -> None:
-        self._keep_graph = bool(trainable)
-        wanted = {id(parameter) for parameter in trainable}
-        self._calls = dict.fromkeys(calls)
-        self._trainable = {module: [p for p in module.parameters() if id(p) in wanted] for module, _ in calls}
-        self._results: dict[Call, _Result] = {}
-
-    def _find_calls(
-        self, model: nn.Module, changing: Sequence[Tensor], narrow: bool, forward_pass: Callable[[], object]
-    ) -> tuple[Call, ...]:
-        if {id(parameter) for parameter in model.parameters()} <= {id(tensor) for tensor in changing}:
-            return ()
-        if is_compiled_module(model) or has_compiled_regions(model):
-            reason = "it is compiled"
-        elif calls := independent_calls(model, changing, forward_pass):
-            return calls
-        else:
-            reason = "a perturbed parameter or the meta module reaches all of it"
-        if narrow:
-            logger.warning(f"Every candidate of a meta step runs the whole {type(model).__name__}: {reason}.")
-        return ()
-
     @contextmanager
-    def _answering(self, answer: Callable[[Call, Callable[[], Any]], Any]) -> Iterator[None]:
-        """Let `answer` give the results of the shared calls."""
+    def _answering(self, calls: Sequence[Call], answer: Answer) -> Iterator[None]:
+        """Let `answer` give the results of `calls`."""
         self._num_calls.clear()
 
         def around(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,65 +146,64 @@ class SharedForward:
                 call = (module, self._num_calls[module])
                 self._num_calls[module] += 1
                 run = lambda: forward(*args, **kwargs)  # noqa: E731
-                return answer(call, run) if call in self._calls else run()
+                return answer(call, run) if call in calls else run()
 
             return answered
 
-        with patched_forwards(list(self._trainable), around):
+        with patched_forwards([module for module, _ in calls], around):
             yield
 
     def _record(self, call: Call, run: Callable[[], Any]) -> Any:
-        module, _ = call
-        frozen = [parameter for parameter in self._trainable[module] if not parameter.requires_grad]
-        try:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            with torch.set_grad_enabled(self._keep_graph or torch.is_grad_enabled()):
-                output = run()
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
+        with torch.enable_grad(), thawed(self._trainable.get(call[0], ())):
+            output = run()
+        for_base_step = call in self._plan.by_base_step
+        leaves = tree_map_only(Tensor, Tensor.detach if for_base_step else self._leaf, output)
         self._results[call] = _Result(
             output=output,
-            versions=_versions(output),
+            leaves=leaves,
             random_state=RandomState.capture([self._device]),
-            buffers=[(buffer, buffer.clone()) for buffer in module.buffers()],
+            buffers=[(buffer, buffer.clone()) for buffer in call[0].buffers()],
             num_calls=self._num_calls.copy(),
         )
-        return output
+        # The graph of the base step goes through all of its calls, that of a candidate starts above them.
+        return output if for_base_step else leaves
 
-    def _replay(self, call: Call) -> Any:
+    def _leaf(self, value: Tensor) -> Tensor:
+        if not value.requires_grad:
+            return value.detach()
+        leaf = value.detach().requires_grad_()
+        self.intermediates.append((leaf, value))
+        return leaf
+
+    def _replay(self, call: Call) -> _Result:
         result = self._results[call]
         result.random_state.restore()
         for buffer, value in result.buffers:
             # Through `.data`, as the recorded graph may hold the buffer at its present version.
             buffer.data.copy_(value)
-        # Calls inside this one are counted, though they are not made.
-        self._num_calls.update(result.num_calls - self._num_calls)
-        return result.output
-
-    def _check_recording(self) -> None:
-        if tuple(self._results) != tuple(self._calls):
-            reason = "it does not call the same submodules in every step"
-        elif any(_versions(result.output) != result.versions for result in self._results.values()):
-            reason = "it changes the output of a submodule in place"
-        else:
-            return
-        logger.warning(f"From now on every candidate of a meta step runs the whole model: {reason}.")
-        self._plan = (self._plan[0], ())
-        self.clear()
+        # Calls inside this one count, though they are not made.
+        self._num_calls = result.num_calls.copy()
+        return result
 
 
-@dataclass(frozen=True)
-class _Result:
-    """What a call returned, and what it left behind."""
+def _make_plan(
+    model: nn.Module,
+    theta: Sequence[nn.Parameter],
+    meta_params: Sequence[nn.Parameter],
+    forward_pass: Callable[[], object],
+) -> _Plan:
+    if {id(parameter) for parameter in model.parameters()} <= {id(parameter) for parameter in theta}:
+        return _Plan()
+    if is_compiled_module(model) or has_compiled_regions(model):
+        _warn("it is compiled")
+        return _Plan()
+    with frozen(meta_params):
+        by_candidates = independent_calls(model, theta, forward_pass)
+    if not by_candidates:
+        _warn("perturbed parameters are at work from its beginning on")
+        return _Plan()
+    return _Plan(by_candidates, independent_calls(model, [*theta, *meta_params], forward_pass))
 
-    output: Any
-    versions: list[int]
-    random_state: RandomState
-    buffers: list[tuple[Tensor, Tensor]]
-    num_calls: Counter[nn.Module]
 
-
-def _versions(output: Any) -> list[int]:
-    return [leaf._version for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+def _warn(reason: str) -> None:
+    logger.warning(f"Every candidate of a meta step runs the whole base model: {reason}.")

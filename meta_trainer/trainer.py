@@ -18,6 +18,7 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.frozen import frozen
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
@@ -175,7 +176,7 @@ class MetaTrainer(Trainer):
                 self._base_step_follows = True
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
-            with self._shared_forward.base_step(), self._open_doors({}), _frozen(self.meta_parameters):
+            with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
                 return super().training_step(model, base_inputs, num_items_in_batch)
         finally:
             self._base_step_follows = False
@@ -203,7 +204,7 @@ class MetaTrainer(Trainer):
             moved = {id(parameter) for parameter in theta}
             rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
             # Outside the scope nothing is differentiated, so that no graph is kept below it.
-            with _frozen(rest):
+            with frozen(rest):
                 result = self._estimate(self._bilevel_problem(base_model, theta, rest, batch, meta_batch))
         if not self._base_step_follows:
             self._shared_forward.clear()
@@ -250,8 +251,8 @@ class MetaTrainer(Trainer):
 
         # T1-T2 runs its forward pass on other attention kernels than the base step.
         if self.args.hypergradient != "t1t2":
-            changing = [*theta, *self.meta_parameters]
-            self._shared_forward.prepare(model, changing, rest, self._base_step_follows, forward_pass)
+            trainable = rest if self._base_step_follows else []
+            self._shared_forward.prepare(model, theta, self.meta_parameters, trainable, forward_pass)
         reference: Batch = {}
         if self.meta_module.reference_losses == "unperturbed":
             with self._without_trace(model), torch.no_grad(), self._shared_forward.evaluation():
@@ -271,6 +272,7 @@ class MetaTrainer(Trainer):
             train_loss=train_loss,
             val_loss=val_loss,
             state=list(model.buffers()),
+            intermediates=self._shared_forward.intermediates,
             mean=self._mean_over_replicas,
             loss_scale=self.meta_scaler.scale(torch.ones((), device=self.args.device))
             if self.meta_scaler.is_enabled()
@@ -464,18 +466,6 @@ class MetaTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.meta_module is not None and self.is_world_process_zero():
             add_meta_section(self._folder() / "README.md", self.meta_module, self.args)
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep autograd from recording graphs through `parameters`."""
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def evograd(
     _check_settings(num_candidates, sigma, temperature)
     perturbations = Perturbations(noise, problem.theta, num_candidates, sigma, seed)
     with Sandbox(problem) as sandbox:
-        losses, loss_grads = _evaluate_candidates(sandbox, perturbations)
+        losses, meta_grads = _evaluate_candidates(sandbox, perturbations)
         losses = problem.mean(losses)  # [K]
         weights = torch.softmax(-losses / temperature, dim=0)  # [K]
 
@@ -63,11 +63,9 @@ def evograd(
         theta_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]
         scores = problem.mean(perturbations.inner_products(theta_grad).to(losses))  # [K]
 
-        cotangents = loss_cotangents(losses, scores, temperature)  # [K]
-        for cotangent, loss_grad in zip(cotangents, loss_grads, strict=True):
-            direct = tuple(torch._foreach_add(direct, torch._foreach_mul(loss_grad, cotangent)))
+        total = sandbox.hypergradient(direct, loss_cotangents(losses, scores, temperature), meta_grads)
     return Hypergradient(
-        grads=tuple(problem.mean(grad) for grad in direct),
+        grads=tuple(problem.mean(grad) for grad in total),
         val_loss=problem.mean(val_loss.detach()),
         train_losses=losses,
         weights=weights,
@@ -93,16 +91,18 @@ def loss_cotangents(losses: Tensor, scores: Tensor, temperature: float) -> Tenso
     return -weights * (scores - weights @ scores) / temperature
 
 
-def _evaluate_candidates(sandbox: Sandbox, perturbations: Perturbations) -> tuple[Tensor, list[tuple[Tensor, ...]]]:
+def _evaluate_candidates(
+    sandbox: Sandbox, perturbations: Perturbations
+) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
     """Training loss of every candidate, ``[K]``, and its derivatives by the meta-parameters."""
     sandbox.differentiate_theta(False)
-    losses, loss_grads = [], []
+    losses, meta_grads = [], []
     for epsilon in perturbations:
         sandbox.move_to(epsilon)
         loss = sandbox.train_loss()
-        loss_grads.append(sandbox.gradient(loss, sandbox.problem.meta_params))
+        meta_grads.append(sandbox.meta_gradient(loss))
         losses.append(loss.detach())
-    return torch.stack(losses), loss_grads
+    return torch.stack(losses), meta_grads
 
 
 def _check_settings(num_candidates: int, sigma: float, temperature: float) -> None:

@@ -49,15 +49,15 @@ def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: floa
         radius = torch.where(norm > 0, step_size / norm, torch.ones_like(norm))
 
         sandbox.differentiate_theta(False)
-        losses, loss_grads = [], []
+        losses, meta_grads = [], []
         for side in (radius, -radius):
             sandbox.move_to(block * side for block in blocks.flatten(val_grad))
             loss = sandbox.train_loss()
-            loss_grads.append(sandbox.gradient(loss, problem.meta_params))
+            meta_grads.append(sandbox.meta_gradient(loss))
             losses.append(loss.detach())
-        difference = torch._foreach_sub(*loss_grads)
-        total = torch._foreach_add(direct, torch._foreach_mul(difference, -lr / (2 * radius)))
-        scores = torch.stack([radius, -radius]) * norm.square()  # [2]
+        sides = torch.stack([radius, -radius])  # [2]
+        total = sandbox.hypergradient(direct, -lr / (2 * sides), meta_grads)
+        scores = sides * norm.square()  # [2]
     train_losses = problem.mean(torch.stack(losses))  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),

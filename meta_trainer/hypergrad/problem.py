@@ -28,6 +28,10 @@ class BilevelProblem:
         val_loss: ``() -> scalar``, reads `theta` as it stands. What it reads of `meta_params` is the direct term.
         state: Tensors that a forward pass may change, such as the running statistics of batch normalisation. Every
             evaluation of a loss starts from their present values, and they are given back bit for bit.
+        intermediates: Pairs ``(leaf, value)``, in the order of computation. A `value` was computed from `meta_params`
+            and earlier leaves, not from `theta`, and `train_loss` goes on from `leaf`, a detached copy that requires a
+            gradient: what all candidates have in common is then differentiated once. The first evaluation of
+            `train_loss` may fill the list.
         mean: Average of a tensor over data-parallel replicas; the identity when there is only one. Estimators send K
             losses, K scores and the meta-gradients through it.
         loss_scale: Factor on every loss before its backward pass, divided out of the gradient afterwards, against
@@ -43,6 +47,7 @@ class BilevelProblem:
     train_loss: Callable[[], Tensor]
     val_loss: Callable[[], Tensor]
     state: Sequence[Tensor] = ()
+    intermediates: Sequence[tuple[Tensor, Tensor]] = ()
     mean: Callable[[Tensor], Tensor] = identity
     loss_scale: Tensor | None = None
 

@@ -110,6 +110,45 @@ class Sandbox:
         )
         return grads if scale is None else tuple(grad / scale for grad in grads)
 
+    def meta_gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """Derivatives of a training loss by :attr:`meta_inputs`; None for no influence."""
+        if not loss.requires_grad:
+            return (None,) * len(self.meta_inputs)
+        return self._pull_back(loss, torch.ones_like(loss), self.meta_inputs)
+
+    def hypergradient(
+        self, direct: Sequence[Tensor], coefficients: Tensor, meta_grads: Sequence[Sequence[Tensor | None]]
+    ) -> tuple[Tensor, ...]:
+        r"""Sum up :math:`\partial\ell_V/\partial\lambda + \sum_k c_k\,\partial\ell_k/\partial\lambda`.
+
+        Args:
+            direct: The first term, aligned with `meta_params`.
+            coefficients: ``[K]``.
+            meta_grads: What :meth:`meta_gradient` gave for each candidate.
+        """
+        total = [_weighted_sum(coefficients, grads) for grads in zip(*meta_grads, strict=True)]
+        # From the last intermediate on, each passes its derivative on to what it was computed from.
+        for _, value in reversed(self.problem.intermediates):
+            cotangent = total.pop()
+            if cotangent is not None:
+                passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
+                total = [_sum(terms) for terms in zip(total, passed_on, strict=True)]
+        return tuple(first if rest is None else first + rest for first, rest in zip(direct, total, strict=True))
+
+    @property
+    def meta_inputs(self) -> tuple[Tensor, ...]:
+        """The meta-parameters and the leaves of the intermediates."""
+        return (*self.problem.meta_params, *(leaf for leaf, _ in self.problem.intermediates))
+
+    def _pull_back(
+        self, output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False
+    ) -> tuple[Tensor | None, ...]:
+        scale = 1.0 if self.problem.loss_scale is None else self.problem.loss_scale
+        scaled = (cotangent * scale).to(output.dtype)
+        grads = torch.autograd.grad(output, inputs, scaled, retain_graph=retain_graph, allow_unused=True)
+        # The candidates' derivatives nearly cancel: no precision may be lost on the way to their sum.
+        return tuple(None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in grads)
+
     def _evaluate(self, name: str, loss_function: Callable[[], Tensor]) -> Tensor:
         self._random_state.restore()
         self._restore_state()
@@ -131,3 +170,12 @@ class Sandbox:
         with torch.no_grad():
             for tensor, original in zip(self.problem.state, self._state, strict=True):
                 tensor.data.copy_(original)
+
+
+def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
+    return _sum([None if t is None else w.to(t) * t for w, t in zip(weights, tensors, strict=True)])
+
+
+def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None

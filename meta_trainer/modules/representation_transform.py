@@ -96,10 +96,11 @@ class GatedBottleneck(nn.Module):
         if initialization == "identity":
             nn.init.zeros_(self.up.weight)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Transform hidden states ``[..., H]``."""
+    def forward(self, hidden: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """Transform hidden states ``[..., H]``, times a scalar."""
         transformed = self.up(torch.relu(self.down(hidden)))  # [..., H + 1]
-        return transformed[..., :-1] * torch.sigmoid(transformed[..., -1:])
+        # With the scalar on the gate, autograd keeps no copy of the unscaled result.
+        return transformed[..., :-1] * (scale * torch.sigmoid(transformed[..., -1:]))
 
 
 def find_layer(model: nn.Module, layer: int | str) -> nn.Module:
@@ -139,7 +140,7 @@ def _residual_hook(network: nn.Module, alpha: Tensor, is_source: Tensor) -> Call
     def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
         weight = next(network.parameters())
-        residual = alpha * network(hidden.detach().to(weight.dtype))
+        residual = network(hidden.detach().to(weight.dtype), alpha)
         transformed = torch.where(is_source, hidden + residual.to(hidden.dtype), hidden)
         return (transformed, *output[1:]) if isinstance(output, tuple) else transformed
 
