@@ -16,12 +16,14 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-@pytest.mark.parametrize("hypergradient", ["evograd", "finite_difference"])
-def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, hypergradient):
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def train_in_two_processes(folder, **settings):
+    """What each of them has to report."""
+    folder.mkdir(exist_ok=True)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    script = [str(HERE / "two_processes.py"), str(tmp_path), hypergradient]
+    script = [str(HERE / "two_processes.py"), str(folder), json.dumps(settings)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command, *script],
@@ -32,12 +34,43 @@ def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
-
-    for report in (first, second):
+    reports = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+    for report in reports:
         assert report["world_size"] == 2
         assert report["wrapped"]
         assert report["meta_steps"] == 4
+    return reports
+
+
+@pytest.mark.parametrize("num_candidates", [2, 5])
+@pytest.mark.parametrize("perturb", ["all", "head"])
+def test_a_meta_step_sends_losses_scores_and_meta_gradients_only(tmp_path, num_candidates, perturb):
+    for report in train_in_two_processes(tmp_path, num_candidates=num_candidates, perturb=[perturb]):
+        # K losses, K scores, H gradients and the validation loss, each in single precision.
+        numbers = 2 * num_candidates + report["lambda_size"] + 1
+        assert report["sent_bytes"] == [4 * numbers] * 4
+        assert report["theta_size"] > 10 * numbers
+
+
+def test_a_finite_difference_sends_its_direction_besides(tmp_path):
+    for report in train_in_two_processes(tmp_path, hypergradient="finite_difference"):
+        assert report["sent_bytes"] == [4 * (report["theta_size"] + 2 + report["lambda_size"] + 1)] * 4
+
+
+def test_two_processes_share_forward_passes_with_the_same_result(tmp_path):
+    shared, _ = train_in_two_processes(tmp_path / "shared", perturb=["head"])
+    separate, _ = train_in_two_processes(tmp_path / "separate", perturb=["head"], general_path=True)
+
+    assert shared["shared"]
+    assert not separate["shared"]
+    for key in ("theta", "lambda"):
+        for name, values in separate[key].items():
+            torch.testing.assert_close(torch.tensor(shared[key][name]), torch.tensor(values))
+
+
+@pytest.mark.parametrize("hypergradient", ["evograd", "finite_difference"])
+def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, hypergradient):
+    first, second = train_in_two_processes(tmp_path, hypergradient=hypergradient)
     assert first["lambda"] == second["lambda"]
     assert first["theta"] == second["theta"]
     assert all(torch.tensor(values).isfinite().all() for values in first["lambda"].values())
