@@ -20,17 +20,23 @@ class Displacement:
 
     Args:
         blocks: Of the tensors.
-        tensors: Displaced in place.
-        steps: Gives the flat blocks of :math:`\delta`, the same at every call.
+        tensors: Set to :math:`\theta + \delta`.
+        origin: Aligned with `tensors`, :math:`\theta`; not kept.
+        steps: Gives the flat blocks of :math:`\delta`, the same at every call; they are overwritten.
     """
 
-    def __init__(self, blocks: FlatBlocks, tensors: Sequence[Tensor], steps: Callable[[], Iterable[Tensor]]) -> None:
+    def __init__(
+        self,
+        blocks: FlatBlocks,
+        tensors: Sequence[Tensor],
+        origin: Sequence[Tensor],
+        steps: Callable[[], Iterable[Tensor]],
+    ) -> None:
         self._blocks, self._tensors, self._steps = blocks, tensors, steps
         self._errors: list[_RoundingErrors] = []
         for block, step in zip(blocks, steps(), strict=True):
-            original = block.flatten(tensors).clone()
-            torch._foreach_add_(block.views(tensors), block.split(step))
-            self._errors.append(_RoundingErrors(original, _subtract(block, tensors, step)))
+            add(block, tensors, origin, step)
+            self._errors.append(_RoundingErrors(block.flatten(origin), _subtract(block, tensors, step)))
 
     def undo(self) -> None:
         """Give the tensors their original values back."""
@@ -40,22 +46,42 @@ class Displacement:
 
 
 class _RoundingErrors:
-    """What makes `found` into `expected`: a byte for each element, and those that are further off."""
+    """What makes `found`, which is overwritten, into `expected`: a byte an element, and those that are further off."""
 
     def __init__(self, expected: Tensor, found: Tensor) -> None:
         integers = _INTEGERS[expected.itemsize]
         # Neighbouring floating-point numbers of one sign are neighbouring integers.
-        errors = expected.view(integers) - found.view(integers)
+        errors = found.view(integers)
+        torch.sub(expected.view(integers), errors, out=errors)
         self._errors = errors.to(torch.int8)
-        self._outliers = (self._errors != errors).nonzero().flatten()
+        # Zero for the 256 numbers that fit a byte.
+        excess = errors.add_(128).bitwise_right_shift_(8)
+        self._outliers = _nonzero(excess.abs_())
         self._values = expected[self._outliers]
 
     def correct(self, found: Tensor) -> Tensor:
-        corrected = (found.view(_INTEGERS[found.itemsize]) + self._errors).view(found.dtype)
-        corrected[self._outliers] = self._values
-        return corrected
+        """Change `found`, the tensor of the constructor or its equal, into `expected`."""
+        found.view(_INTEGERS[found.itemsize]).add_(self._errors)
+        found[self._outliers] = self._values
+        return found
+
+
+def add(block: Block, tensors: Sequence[Tensor], origin: Sequence[Tensor], step: Tensor) -> None:
+    """Set what of `tensors` lies in a block to `origin` plus a flat step."""
+    views = block.views(tensors)
+    torch._foreach_copy_(views, block.views(origin))
+    torch._foreach_add_(views, block.split(step))
+
+
+def _nonzero(values: Tensor, rows: int = 64) -> Tensor:
+    """Positions of the few entries of ``[N]`` that are positive; no other is negative."""
+    width = len(values) // rows
+    table, rest = values[: rows * width].view(rows, width), values[rows * width :]
+    columns = table.amax(dim=0).nonzero().flatten()
+    row, column = table[:, columns].nonzero().unbind(dim=1)
+    return torch.cat([row * width + columns[column], rest.nonzero().flatten() + rows * width])
 
 
 def _subtract(block: Block, tensors: Sequence[Tensor], step: Tensor) -> Tensor:
     displaced = block.flatten(tensors)
-    return (displaced - step).to(displaced.dtype)
+    return torch.sub(displaced, step, out=step).to(displaced.dtype)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.flat_blocks import Block, FlatBlocks, inner_product
+from meta_trainer.hypergrad.flat_blocks import Block, FlatBlocks
 
 Noise = str | Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 """A name of :data:`NOISE_NAMES`, or a function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
@@ -15,23 +15,24 @@ Noise = str | Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 _INTEGERS = {4: torch.int32, 8: torch.int64}
 
 
-def _sign(block: Block, sigma: float, generator: torch.Generator) -> Tensor:
+def _sign(out: Tensor, sigma: float, generator: torch.Generator) -> None:
     """Plus or minus `sigma`, at the price of one random bit an element."""
-    integers = _INTEGERS[block.dtype.itemsize]
+    integers = _INTEGERS[out.itemsize]
     bits = 8 * integers.itemsize
-    words = torch.empty(-(-block.numel // 64), dtype=torch.int64, device=block.device)
+    words = torch.empty(len(out) // 64, dtype=torch.int64, device=out.device)
     words = words.random_(-(2**63), None, generator=generator).view(integers)  # [W]
     # Each shift brings another bit of every word to where a floating-point number has its sign.
-    shifted = words << torch.arange(bits, dtype=integers, device=block.device)[:, None]  # [bits, W]
-    signs = shifted.view(block.dtype).flatten()[: block.numel]
-    return torch.copysign(torch.full((), sigma, dtype=block.dtype, device=block.device), signs)
+    shifts = torch.arange(bits, dtype=integers, device=out.device)[:, None]
+    table = torch.bitwise_left_shift(words, shifts, out=out.view(integers).view(bits, -1))  # [bits, W]
+    magnitude = torch.tensor(sigma, dtype=out.dtype).view(integers).item()
+    table.bitwise_and_(torch.iinfo(integers).min).bitwise_or_(magnitude)
 
 
-def _normal(block: Block, sigma: float, generator: torch.Generator) -> Tensor:
-    return torch.empty(block.numel, dtype=block.dtype, device=block.device).normal_(std=sigma, generator=generator)
+def _normal(out: Tensor, sigma: float, generator: torch.Generator) -> None:
+    out.normal_(std=sigma, generator=generator)
 
 
-_DISTRIBUTIONS: dict[str, Callable[[Block, float, torch.Generator], Tensor]] = {"sign": _sign, "normal": _normal}
+_DISTRIBUTIONS: dict[str, Callable[[Tensor, float, torch.Generator], None]] = {"sign": _sign, "normal": _normal}
 
 NOISE_NAMES = tuple(_DISTRIBUTIONS)
 
@@ -39,7 +40,8 @@ NOISE_NAMES = tuple(_DISTRIBUTIONS)
 class Perturbations(Sequence[Iterator[Tensor]]):
     r"""The K perturbations :math:`\epsilon_k` of one hypergradient.
 
-    Each is an iterator over its flat blocks, aligned with `blocks`. A named distribution has zero mean and standard
+    Each is an iterator over its flat blocks, aligned with `blocks`; a block is valid until the next one is asked for. A
+    named distribution has zero mean and standard
     deviation `sigma`, and is drawn anew from its seed at every access: the k-th item is the same each time, and memory
     holds no copy of it. Items are the same for any K. A function is called once for each candidate, at construction,
     and its tensors are used as they are.
@@ -76,21 +78,33 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         """Flat blocks of the perturbation of candidate `k`."""
         if not isinstance(self._noise, str):
             return self.blocks.flatten(self._given[k])
-        draw, seed = _DISTRIBUTIONS[self._noise], self._seeds[k]
-        generators = {d: torch.Generator(d).manual_seed(seed) for d in {block.device for block in self.blocks}}
-        return (draw(block, self._sigma, generators[block.device]) for block in self.blocks)
+        return self._draw(self._seeds[k])
 
     def combination(self, weights: Tensor) -> Iterator[Tensor]:
-        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, with `weights` ``[K]``."""
-        for parts in zip(*self, strict=True):
-            total = parts[0] * weights[0].to(parts[0])
+        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, with `weights` ``[K]``, which the caller may overwrite."""
+        buffers = _Buffers(self.blocks)
+        for block, *parts in zip(self.blocks, *self, strict=True):
+            total = buffers[block][: block.numel]
+            torch.mul(parts[0], weights[0].to(total), out=total)
             for part, weight in zip(parts[1:], weights[1:], strict=True):
-                total.addcmul_(part, weight.to(part))
+                total.addcmul_(part, weight.to(total))
             yield total
 
     def inner_products(self, tensors: Sequence[Tensor]) -> Tensor:
         r"""``[K]``, :math:`\langle v, \epsilon_k \rangle` with a vector aligned with `theta`."""
-        return torch.stack([inner_product(self.blocks.flatten(tensors), epsilon) for epsilon in self])
+        products = [
+            torch.stack([torch.dot(vector, part) for part in parts])
+            for vector, *parts in zip(self.blocks.flatten(tensors), *self, strict=True)
+        ]
+        return torch.stack(products).sum(dim=0)
+
+    def _draw(self, seed: int) -> Iterator[Tensor]:
+        fill = _DISTRIBUTIONS[str(self._noise)]
+        generators = {d: torch.Generator(d).manual_seed(seed) for d in {block.device for block in self.blocks}}
+        buffers = _Buffers(self.blocks)
+        for block in self.blocks:
+            fill(buffers[block], self._sigma, generators[block.device])
+            yield buffers[block][: block.numel]
 
     def _call(self, noise: Callable[[int, Sequence[Tensor]], Sequence[Tensor]], k: int) -> list[Tensor]:
         epsilon = list(noise(k, self._theta))
@@ -101,3 +115,21 @@ class Perturbations(Sequence[Iterator[Tensor]]):
                 f"for candidate {k}."
             )
         return [e.detach().to(device=t.device, dtype=t.dtype) for e, t in zip(epsilon, self._theta, strict=True)]
+
+
+class _Buffers:
+    """One buffer for all blocks of a kind, so that they stay in the cache; with room for whole words of random bits."""
+
+    def __init__(self, blocks: FlatBlocks) -> None:
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        for block in blocks:
+            kind = (block.device, block.dtype)
+            sizes[kind] = max(sizes.get(kind, 0), _whole_words(block))
+        self._buffers = {kind: torch.empty(size, dtype=kind[1], device=kind[0]) for kind, size in sizes.items()}
+
+    def __getitem__(self, block: Block) -> Tensor:
+        return self._buffers[block.device, block.dtype][: _whole_words(block)]
+
+
+def _whole_words(block: Block) -> int:
+    return -(-block.numel // 64) * 64

@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.displacement import Displacement
+from meta_trainer.hypergrad.displacement import Displacement, add
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.problem import BilevelProblem
 from meta_trainer.hypergrad.random_state import preserved_random_state
@@ -62,9 +62,7 @@ class Sandbox:
         if self._origin is None:
             self._origin = [t.clone() for t in self._data]
         for block, step in zip(self.blocks, displacement, strict=True):
-            views = block.views(self._data)
-            torch._foreach_copy_(views, block.views(self._origin))
-            torch._foreach_add_(views, block.split(step))
+            add(block, self._data, self._origin, step)
 
     def move_back(self) -> None:
         """Set the parameters to their original values."""
@@ -78,12 +76,11 @@ class Sandbox:
         Args:
             displacement: Gives the flat blocks of the displacement, the same at every call.
         """
-        if self._versions != [t._version for t in self.problem.theta]:
+        if self._origin is None or self._versions != [t._version for t in self.problem.theta]:
             # A forward pass that writes into the parameters (`Embedding(max_norm=...)`) would spoil the way back.
             self.move_to(displacement())
             return
-        self.move_back()
-        self._last_move = Displacement(self.blocks, self._data, displacement)
+        self._last_move = Displacement(self.blocks, self._data, self._origin, displacement)
         self._origin = None
 
     def differentiate_theta(self, needed: bool) -> None:

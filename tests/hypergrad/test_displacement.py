@@ -33,7 +33,8 @@ def test_undoing_gives_every_bit_back(noise, sigma, dtype):
     blocks = FlatBlocks(theta)
     draw = Perturbations(noise, theta, 2, sigma, seed=0)
 
-    move = Displacement(blocks, theta, lambda: draw.combination(torch.tensor([0.3, 0.7])))
+    origin = [t.clone() for t in theta]
+    move = Displacement(blocks, theta, origin, lambda: draw.combination(torch.tensor([0.3, 0.7])))
     assert sigma < 1e-6 or any(not torch.equal(bits(t), b) for t, b in zip(theta, before, strict=True))
     move.undo()
 
@@ -44,7 +45,7 @@ def test_a_displacement_adds_its_steps():
     theta, step = [torch.randn(4, 5), torch.randn(3)], torch.randn(23)
     before = torch.cat([t.flatten() for t in theta])
 
-    Displacement(FlatBlocks(theta), theta, lambda: [step])
+    Displacement(FlatBlocks(theta), theta, [t.clone() for t in theta], lambda: [step.clone()])
 
     assert_close(torch.cat([t.flatten() for t in theta]), before + step, rtol=0, atol=0)
 
@@ -53,8 +54,10 @@ def test_the_way_back_takes_a_byte_an_element():
     theta = [torch.randn(1_000_000) * 0.02]
     draw = Perturbations("sign", theta, 2, 1e-3, seed=0)
 
+    origin = [theta[0].clone()]
+
     with LiveBytes() as meter:
-        move = Displacement(FlatBlocks(theta), theta, lambda: draw.combination(torch.tensor([0.5, 0.5])))
+        move = Displacement(FlatBlocks(theta), theta, origin, lambda: draw.combination(torch.tensor([0.5, 0.5])))
 
     assert 1.0 <= meter.live / theta[0].numel() < 1.05
     move.undo()

@@ -41,7 +41,10 @@ def test_evograd_equals_the_literal_formula_in_float64(name, num_candidates):
 def test_evograd_draws_the_named_perturbations(name, noise):
     case = ZOO[name](torch.float64)
     perturbations = Perturbations(noise, case.theta, num_candidates=4, sigma=0.05, seed=3)
-    sizes, vectors = [t.numel() for t in case.theta], [torch.cat(list(epsilon)) for epsilon in perturbations]
+    sizes, vectors = (
+        [t.numel() for t in case.theta],
+        [torch.cat([block.clone() for block in epsilon]) for epsilon in perturbations],
+    )
     epsilons = [
         [part.view(t.shape) for part, t in zip(vector.split(sizes), case.theta, strict=True)] for vector in vectors
     ]

@@ -13,7 +13,7 @@ THETA = [torch.zeros(100, 200), torch.zeros(3000)]
 
 
 def as_vector(perturbation):
-    return torch.cat(list(perturbation))
+    return torch.cat([block.clone() for block in perturbation])
 
 
 def no_perturbation(k, theta):
@@ -59,7 +59,8 @@ def test_candidates_seeds_and_elements_are_independent(noise):
 
 @pytest.mark.parametrize("noise", ["sign", "normal"])
 def test_blocks_are_independent(noise):
-    blocks = list(Perturbations(noise, [torch.zeros(2 * CPU_BLOCK_SIZE)], 2, sigma=1.0, seed=5)[0])
+    draw = Perturbations(noise, [torch.zeros(2 * CPU_BLOCK_SIZE)], 2, sigma=1.0, seed=5)
+    blocks = [block.clone() for block in draw[0]]
 
     assert [len(block) for block in blocks] == [CPU_BLOCK_SIZE] * 2
     assert abs((blocks[0] * blocks[1]).mean()) < 4 / CPU_BLOCK_SIZE**0.5

@@ -87,10 +87,10 @@ def test_normal_noise_reaches_the_same_limit_within_its_standard_error():
     lam, sigma, tau = 0.4, 1.0, 0.5
     _, expected = limit(1 / (1 + lam), lam, sigma, tau)
     found = torch.stack(
-        [evograd(problem(1 / (1 + lam), lam), 300, sigma, tau, "normal", seed).grads[0] for seed in range(12)]
+        [evograd(problem(1 / (1 + lam), lam), 300, sigma, tau, "normal", seed).grads[0] for seed in range(24)]
     )
 
-    standard_error = found.std() / math.sqrt(12)
+    standard_error = found.std() / math.sqrt(24)
     assert standard_error < 0.06 * abs(expected)
     assert abs(found.mean() - expected) < 4 * standard_error
 
