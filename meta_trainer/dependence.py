@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -23,9 +24,10 @@ def independent_calls(
 ) -> tuple[Call, ...]:
     """Find the calls whose results stay the same when `sources` change, by following the data through every operator.
 
-    Only calls of modules that own parameters count, and of nested ones the outermost. A call is left out where a hook
-    that stays on the model runs inside it, since it would run less often; and where its output is changed in place
-    later on.
+    Only calls of modules that own parameters count, and of nested ones the outermost. A call is left out where giving
+    its output again would not stand for making it: hooks run inside it, or its output is changed in place later on, or
+    it changes its arguments, attributes or the buffers that a backward pass may read, or its output cannot be looked
+    into.
 
     Args:
         model: What `forward_pass` runs.
@@ -36,7 +38,7 @@ def independent_calls(
         The calls in the order in which they end.
     """
     tracker = _Tracker(sources)
-    with patched_forwards(list(model.modules()), tracker.observe), tracker:
+    with patched_forwards(list(model.modules()), tracker.observe), _ReadByPython(tracker), tracker:
         forward_pass()
     return tracker.outermost_independent_calls()
 
@@ -80,6 +82,21 @@ class _FinishedCall:
     versions: list[int]
 
 
+class _ReadByPython(TorchFunctionMode):
+    """Notices numbers that reach Python past the dispatcher."""
+
+    def __init__(self, tracker: _Tracker) -> None:
+        super().__init__()
+        self._tracker = tracker
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.tolist, Tensor.numpy, Tensor.__array__):
+            self._tracker.python_reads(args)
+        return func(*args, **(kwargs or {}))
+
+
 class _Tracker(TorchDispatchMode):
     """Marks what is computed from the sources, and counts the operators that read it."""
 
@@ -100,19 +117,36 @@ class _Tracker(TorchDispatchMode):
             call = (module, self._num_calls[module])
             self._num_calls[module] += 1
             operations, first_inner = self._num_dependent_operations, len(self._finished)
+            reads_dependent = self._any_dependent(tuple(module.buffers()))
+            before = _traces(module, args, kwargs)
             output = forward(*args, **kwargs)
-            if self._num_dependent_operations == operations and not self._any_dependent(output):
+            if module._backward_hooks or module._backward_pre_hooks:
+                # They tie the gradient of the output to that of the input: no graph may start in between.
+                del self._finished[first_inner:]
+            if self._num_dependent_operations != operations:
+                for buffer in module.buffers(recurse=False):
+                    # Kernels of batch normalisation do not say that they change their running statistics.
+                    self._mark(buffer)
+            elif (
+                not (reads_dependent or self._any_dependent(output))
+                and _is_plain((args, kwargs, output))
+                and _traces(module, args, kwargs) == before
+            ):
                 tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-                self._finished.append(_FinishedCall(call, first_inner, tensors, [t._version for t in tensors]))
+                self._finished.append(_FinishedCall(call, first_inner, tensors, [version(t) for t in tensors]))
             return output
 
         return watched
+
+    def python_reads(self, tree: Any) -> None:
+        """A number that Python reads may decide on everything that follows."""
+        self._control_flow_depends |= self._any_dependent(tree)
 
     def outermost_independent_calls(self) -> tuple[Call, ...]:
         """Of the calls that may be left out, those that are not inside another one."""
         chosen: dict[int, Call] = {}
         for position, finished in enumerate(self._finished):
-            unchanged = [t._version for t in finished.output] == finished.versions
+            unchanged = [version(t) for t in finished.output] == finished.versions
             if unchanged and _may_be_skipped(finished.call[0]):
                 chosen = {p: call for p, call in chosen.items() if p < finished.first_inner}
                 chosen[position] = finished.call
@@ -125,9 +159,12 @@ class _Tracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if depends:
             self._num_dependent_operations += 1
-            # A number that Python reads may decide on everything that follows.
-            self._control_flow_depends |= func is torch.ops.aten._local_scalar_dense.default
-            for leaf in tree_leaves(result):
+            leaves = tree_leaves(result)
+            # So may a shape.
+            self._control_flow_depends |= torch.Tag.dynamic_output_shape in func.tags or any(
+                leaf is not None and not isinstance(leaf, Tensor) for leaf in leaves
+            )
+            for leaf in (*leaves, *_written(func, args, kwargs or {})):
                 if isinstance(leaf, Tensor):
                     self._mark(leaf)
         return result
@@ -143,6 +180,36 @@ class _Tracker(TorchDispatchMode):
             for leaf in tree_leaves(tree)
             if isinstance(leaf, Tensor)
         )
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was changed in place, where that is known."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator changes."""
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            written += tree_leaves(args[position] if position < len(args) else kwargs.get(argument.name))
+    return written
+
+
+def _traces(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, int]]:
+    """What a call of `module` changes besides its result if it changes anything."""
+    attributes = [value for m in module.modules() for value in vars(m).values() if isinstance(value, Tensor)]
+    buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+    things = [*tree_leaves((args, kwargs)), *attributes, *buffers]
+    return [(id(thing), version(thing) if isinstance(thing, Tensor) else 0) for thing in things]
+
+
+_PLAIN = (Tensor, bool, int, float, str, torch.dtype, torch.device, type(None))
+
+
+def _is_plain(tree: Any) -> bool:
+    """Whether there is nothing but containers that can be looked into, and values."""
+    return all(isinstance(leaf, _PLAIN) for leaf in tree_leaves(tree))
 
 
 def _may_be_skipped(module: nn.Module) -> bool:

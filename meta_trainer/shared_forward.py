@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import has_compiled_regions, is_compiled_module
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from transformers.utils import logging
 
-from meta_trainer.dependence import Call, independent_calls, patched_forwards
+from meta_trainer.dependence import Call, independent_calls, patched_forwards, version
 from meta_trainer.frozen import frozen, thawed
 from meta_trainer.hypergrad import RandomState
 
@@ -31,10 +31,12 @@ class _Plan:
     Attributes:
         by_candidates: Those that no perturbation reaches: they do the same for every candidate.
         by_base_step: Those that the meta module does not reach either: they do the same in the base step, too.
+        trace: Of the evaluation that the plan was made from.
     """
 
     by_candidates: tuple[Call, ...] = ()
     by_base_step: tuple[Call, ...] = ()
+    trace: tuple[object, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class _Result:
     Attributes:
         output: With its graph.
         leaves: The output without a graph, for candidates.
+        versions: Of the output's tensors, when it was returned.
         random_state: After the call.
         buffers: Those of the module, with their values after the call.
         num_calls: Calls of every module up to then.
@@ -51,6 +54,7 @@ class _Result:
 
     output: Any
     leaves: Any
+    versions: list[int]
     random_state: RandomState
     buffers: list[tuple[Tensor, Tensor]]
     num_calls: Counter[nn.Module]
@@ -80,7 +84,8 @@ class SharedForward:
     def clear(self) -> None:
         """Forget the batch."""
         self._num_calls: Counter[nn.Module] = Counter()
-        self._trainable: dict[nn.Module, list[nn.Parameter]] = {}
+        self._modules: Sequence[nn.Module] = ()
+        self._trainable: Sequence[nn.Parameter] = ()
         self._results: dict[Call, _Result] = {}
         self.intermediates: list[tuple[Tensor, Tensor]] = []
 
@@ -107,26 +112,25 @@ class SharedForward:
         key = (id(model), *map(id, theta), *map(id, meta_params))
         if self._key != key:
             self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass)
-        wanted = {id(parameter) for parameter in trainable}
-        self._trainable = {m: [p for p in m.parameters() if id(p) in wanted] for m, _ in self._plan.by_base_step}
+        self._modules, self._trainable = list(model.modules()), trainable
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
         """Around an evaluation of the batch: the first one records, later ones start from what it recorded."""
         if self._results:
-            with self._answering(self._plan.by_candidates, lambda call, run: self._replay(call).leaves):
+            with self._answering(self._plan.by_candidates, lambda call, run: _rebuilt(self._replay(call).leaves)):
                 yield
             return
+        if not self._plan.by_candidates:
+            yield
+            return
         try:
-            with self._answering((*self._plan.by_candidates, *self._plan.by_base_step), self._record):
+            with self._recording() as trace:
                 yield
         except BaseException:
             self.clear()
             raise
-        if self._results.keys() != {*self._plan.by_candidates, *self._plan.by_base_step}:
-            # The derivatives of this evaluation need its intermediates all the same.
-            self._results, self._plan = {}, _Plan()
-            _warn("it does not call the same submodules in every step")
+        self._check_recording(trace)
 
     @contextmanager
     def base_step(self) -> Iterator[None]:
@@ -135,6 +139,28 @@ class SharedForward:
         self.intermediates = []
         with self._answering(tuple(self._results), lambda call, run: self._replay(call).output):
             yield
+
+    @contextmanager
+    def _recording(self) -> Iterator[list[object]]:
+        """Keep the results of all shared calls; gives the trace of all calls."""
+        calls = (*self._plan.by_candidates, *self._plan.by_base_step)
+        # The model's own operators between two shared calls belong to the graph of the base step, too.
+        with torch.enable_grad(), _traced(self._modules) as trace, ExitStack() as self._base_step_graph:
+            if self._plan.by_base_step:
+                self._base_step_graph.enter_context(thawed(self._trainable))
+            with self._answering(calls, self._record):
+                yield trace
+
+    def _check_recording(self, trace: Sequence[object]) -> None:
+        if tuple(trace) != self._plan.trace:
+            reason = "it does not call the same submodules in every step"
+        elif any(_versions(result.output) != result.versions for result in self._results.values()):
+            reason = "it changes the output of a submodule in place"
+        else:
+            return
+        # The derivatives of this evaluation need its intermediates all the same.
+        self._results, self._plan = {}, _Plan()
+        _warn(reason)
 
     @contextmanager
     def _answering(self, calls: Sequence[Call], answer: Answer) -> Iterator[None]:
@@ -154,19 +180,21 @@ class SharedForward:
             yield
 
     def _record(self, call: Call, run: Callable[[], Any]) -> Any:
-        with torch.enable_grad(), thawed(self._trainable.get(call[0], ())):
-            output = run()
         for_base_step = call in self._plan.by_base_step
+        output = run()
         leaves = tree_map_only(Tensor, Tensor.detach if for_base_step else self._leaf, output)
         self._results[call] = _Result(
-            output=output,
+            output=_rebuilt(output),
             leaves=leaves,
+            versions=_versions(output),
             random_state=RandomState.capture([self._device]),
             buffers=[(buffer, buffer.clone()) for buffer in call[0].buffers()],
             num_calls=self._num_calls.copy(),
         )
+        if for_base_step and call == self._plan.by_base_step[-1]:
+            self._base_step_graph.close()
         # The graph of the base step goes through all of its calls, that of a candidate starts above them.
-        return output if for_base_step else leaves
+        return output if for_base_step else _rebuilt(leaves)
 
     def _leaf(self, value: Tensor) -> Tensor:
         if not value.requires_grad:
@@ -197,12 +225,37 @@ def _make_plan(
     if is_compiled_module(model) or has_compiled_regions(model):
         _warn("it is compiled")
         return _Plan()
-    with frozen(meta_params):
+    with _traced(list(model.modules())) as trace, frozen(meta_params):
         by_candidates = independent_calls(model, theta, forward_pass)
     if not by_candidates:
         _warn("perturbed parameters are at work from its beginning on")
         return _Plan()
-    return _Plan(by_candidates, independent_calls(model, [*theta, *meta_params], forward_pass))
+    return _Plan(by_candidates, independent_calls(model, [*theta, *meta_params], forward_pass), tuple(trace))
+
+
+@contextmanager
+def _traced(modules: Sequence[nn.Module]) -> Iterator[list[object]]:
+    """The calls of modules, in order, and how many hooks these have."""
+    trace: list[object] = []
+
+    def around(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            trace.append((module, len(module._forward_pre_hooks), len(module._forward_hooks)))
+            return forward(*args, **kwargs)
+
+        return traced
+
+    with patched_forwards(modules, around):
+        yield trace
+
+
+def _rebuilt(output: Any) -> Any:
+    """The same tensors in containers of their own, as a model may put other things into those it got."""
+    return tree_map(lambda leaf: leaf, output)
+
+
+def _versions(output: Any) -> list[int]:
+    return [version(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _warn(reason: str) -> None:

@@ -198,16 +198,20 @@ class MetaTrainer(Trainer):
         if self.meta_module is None:
             raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
         base_model = self.accelerator.unwrap_model(model)
-        with preserved_random_state([self.args.device]), _training_mode(base_model, self.meta_module):
+        with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
             batch, meta_batch = self._meta_step_batches(inputs)
+            # What the meta batch drew is no reason for other dropout masks than the base step's.
+            random_state.restore()
             theta = select_parameters(base_model, self.args.perturb)
             moved = {id(parameter) for parameter in theta}
             rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
             # Outside the scope nothing is differentiated, so that no graph is kept below it.
-            with frozen(rest):
-                result = self._estimate(self._bilevel_problem(base_model, theta, rest, batch, meta_batch))
-        if not self._base_step_follows:
-            self._shared_forward.clear()
+            try:
+                with frozen(rest):
+                    result = self._estimate(self._bilevel_problem(base_model, theta, rest, batch, meta_batch))
+            finally:
+                if not self._base_step_follows:
+                    self._shared_forward.clear()
         self._update_meta_module(result)
         self._num_meta_steps += 1
         return result

@@ -102,6 +102,7 @@ def _evaluate_candidates(
         loss = sandbox.train_loss()
         meta_grads.append(sandbox.meta_gradient(loss))
         losses.append(loss.detach())
+        del loss  # and its graph, before the next one
     return torch.stack(losses), meta_grads
 
 

@@ -55,6 +55,7 @@ def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: floa
             loss = sandbox.train_loss()
             meta_grads.append(sandbox.meta_gradient(loss))
             losses.append(loss.detach())
+            del loss  # and its graph, before the next one
         sides = torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(direct, -lr / (2 * sides), meta_grads)
         scores = sides * norm.square()  # [2]

@@ -111,7 +111,9 @@ class Sandbox:
         """Derivatives of a training loss by :attr:`meta_inputs`; None for no influence."""
         if not loss.requires_grad:
             return (None,) * len(self.meta_inputs)
-        return self._pull_back(loss, torch.ones_like(loss), self.meta_inputs)
+        # Intermediates may hang on the same graph.
+        retain = len(self.problem.intermediates) > 0
+        return self._pull_back(loss, torch.ones_like(loss), self.meta_inputs, retain_graph=retain)
 
     def hypergradient(
         self, direct: Sequence[Tensor], coefficients: Tensor, meta_grads: Sequence[Sequence[Tensor | None]]
