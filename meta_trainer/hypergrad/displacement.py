@@ -68,9 +68,8 @@ class _RoundingErrors:
 
 def add(block: Block, tensors: Sequence[Tensor], origin: Sequence[Tensor], step: Tensor) -> None:
     """Set what of `tensors` lies in a block to `origin` plus a flat step."""
-    views = block.views(tensors)
-    torch._foreach_copy_(views, block.views(origin))
-    torch._foreach_add_(views, block.split(step))
+    for view, start, part in zip(block.views(tensors), block.views(origin), block.split(step), strict=True):
+        torch.add(start, part, out=view)
 
 
 def _nonzero(values: Tensor, rows: int = 64) -> Tensor:
