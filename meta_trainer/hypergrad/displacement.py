@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Displacement:
         blocks: Of the tensors.
         tensors: Set to :math:`\theta + \delta`.
         origin: Aligned with `tensors`, :math:`\theta`; not kept.
-        steps: Gives the flat blocks of :math:`\delta`, the same at every call; they are overwritten.
+        steps: Flat blocks of :math:`\delta`; they are overwritten.
     """
 
     def __init__(
@@ -30,19 +30,22 @@ class Displacement:
         blocks: FlatBlocks,
         tensors: Sequence[Tensor],
         origin: Sequence[Tensor],
-        steps: Callable[[], Iterable[Tensor]],
+        steps: Iterable[Tensor],
     ) -> None:
-        self._blocks, self._tensors, self._steps = blocks, tensors, steps
+        self._blocks, self._tensors = blocks, tensors
+        self._num_undone = 0
         self._errors: list[_RoundingErrors] = []
-        for block, step in zip(blocks, steps(), strict=True):
+        for block, step in zip(blocks, steps, strict=True):
             add(block, tensors, origin, step)
             self._errors.append(_RoundingErrors(block.flatten(origin), _subtract(block, tensors, step)))
 
-    def undo(self) -> None:
-        """Give the tensors their original values back."""
-        for block, step, errors in zip(self._blocks, self._steps(), self._errors, strict=True):
-            original = errors.correct(_subtract(block, self._tensors, step))
-            torch._foreach_copy_(block.views(self._tensors), block.split(original))
+    def undo(self, steps: Iterable[Tensor]) -> None:
+        """Give the tensors their values back by the steps that displaced them; may go on after it was broken off."""
+        for number, (block, step) in enumerate(zip(self._blocks, steps, strict=True)):
+            if number >= self._num_undone:
+                original = self._errors[number].correct(_subtract(block, self._tensors, step))
+                torch._foreach_copy_(block.views(self._tensors), block.split(original))
+                self._num_undone += 1
 
 
 class _RoundingErrors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -61,7 +63,7 @@ def evograd(
         val_loss = sandbox.val_loss()
         grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
         theta_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]
-        scores = problem.mean(perturbations.inner_products(theta_grad).to(losses))  # [K]
+        scores = problem.mean(_scores(sandbox, perturbations, weights, theta_grad).to(losses))  # [K]
 
         total = sandbox.hypergradient(direct, loss_cotangents(losses, scores, temperature), meta_grads)
     return Hypergradient(
@@ -104,6 +106,18 @@ def _evaluate_candidates(
         losses.append(loss.detach())
         del loss  # and its graph, before the next one
     return torch.stack(losses), meta_grads
+
+
+def _scores(sandbox: Sandbox, perturbations: Perturbations, weights: Tensor, theta_grad: Sequence[Tensor]) -> Tensor:
+    """Inner products ``[K]`` of a gradient with the perturbations, while these lead the way back from theta*."""
+    products, vectors = [], perturbations.blocks.flatten(theta_grad)
+
+    def observe(parts: Sequence[Tensor]) -> None:
+        vector = next(vectors)
+        products.append(torch.stack([torch.dot(vector, part) for part in parts]))
+
+    sandbox.move_back(perturbations.combination(weights, observe))
+    return torch.stack(products).sum(dim=0)
 
 
 def _check_settings(num_candidates: int, sigma: float, temperature: float) -> None:

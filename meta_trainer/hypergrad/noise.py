@@ -80,23 +80,23 @@ class Perturbations(Sequence[Iterator[Tensor]]):
             return self.blocks.flatten(self._given[k])
         return self._draw(self._seeds[k])
 
-    def combination(self, weights: Tensor) -> Iterator[Tensor]:
-        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, with `weights` ``[K]``, which the caller may overwrite."""
+    def combination(
+        self, weights: Tensor, observe: Callable[[Sequence[Tensor]], object] = lambda parts: None
+    ) -> Iterator[Tensor]:
+        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, which the caller may overwrite.
+
+        Args:
+            weights: ``[K]``.
+            observe: Called with the K perturbations of each block, before their sum is given.
+        """
         buffers = _Buffers(self.blocks)
         for block, *parts in zip(self.blocks, *self, strict=True):
+            observe(parts)
             total = buffers[block][: block.numel]
             torch.mul(parts[0], weights[0].to(total), out=total)
             for part, weight in zip(parts[1:], weights[1:], strict=True):
                 total.addcmul_(part, weight.to(total))
             yield total
-
-    def inner_products(self, tensors: Sequence[Tensor]) -> Tensor:
-        r"""``[K]``, :math:`\langle v, \epsilon_k \rangle` with a vector aligned with `theta`."""
-        products = [
-            torch.stack([torch.dot(vector, part) for part in parts])
-            for vector, *parts in zip(self.blocks.flatten(tensors), *self, strict=True)
-        ]
-        return torch.stack(products).sum(dim=0)
 
     def _draw(self, seed: int) -> Iterator[Tensor]:
         fill = _DISTRIBUTIONS[str(self._noise)]

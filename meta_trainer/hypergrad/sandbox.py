@@ -37,7 +37,7 @@ class Sandbox:
         self._versions = [t._version for t in problem.theta]
         # Copied by the first move, so that what comes before it needs no room for the copy.
         self._origin: list[Tensor] | None = None
-        self._last_move: Displacement | None = None
+        self._last_move: tuple[Displacement, Callable[[], Iterable[Tensor]]] | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
             devices = {t.device for t in (*problem.theta, *problem.meta_params)}
@@ -45,7 +45,7 @@ class Sandbox:
             for tensor in (*problem.theta, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
-            stack.callback(self._return)
+            stack.callback(self.move_back)
             stack.enter_context(torch.enable_grad())
             for tensor in problem.meta_params:
                 tensor.requires_grad_(True)
@@ -64,8 +64,19 @@ class Sandbox:
         for block, step in zip(self.blocks, displacement, strict=True):
             add(block, self._data, self._origin, step)
 
-    def move_back(self) -> None:
-        """Set the parameters to their original values."""
+    @torch.no_grad()
+    def move_back(self, displacement: Iterable[Tensor] = ()) -> None:
+        """Set the parameters to their original values.
+
+        Args:
+            displacement: The flat blocks of that of :meth:`settle_at`, where the caller goes through them anyway.
+        """
+        if self._last_move is not None:
+            move, steps = self._last_move
+            move.undo(displacement or steps())
+            self._last_move = None
+        for _ in displacement:
+            pass
         if self._origin is not None:
             torch._foreach_copy_(self._data, self._origin)
 
@@ -80,8 +91,8 @@ class Sandbox:
             # A forward pass that writes into the parameters (`Embedding(max_norm=...)`) would spoil the way back.
             self.move_to(displacement())
             return
-        self._last_move = Displacement(self.blocks, self._data, self._origin, displacement)
-        self._origin = None
+        move = Displacement(self.blocks, self._data, self._origin, displacement())
+        self._last_move, self._origin = (move, displacement), None
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
@@ -157,13 +168,6 @@ class Sandbox:
             raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
         # Low precision would round the differences between candidates away.
         return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
-
-    @torch.no_grad()
-    def _return(self) -> None:
-        if self._last_move is not None:
-            self._last_move.undo()
-        self.move_back()
-        self._last_move = self._origin = None
 
     def _restore_state(self) -> None:
         with torch.no_grad():

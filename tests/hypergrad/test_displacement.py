@@ -6,7 +6,7 @@ from problem_zoo import ZOO
 from torch import nn
 from torch.testing import assert_close
 
-from meta_trainer.hypergrad import BilevelProblem, evograd
+from meta_trainer.hypergrad import BilevelProblem, evograd, flat_blocks
 from meta_trainer.hypergrad.displacement import Displacement
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.noise import Perturbations
@@ -34,9 +34,10 @@ def test_undoing_gives_every_bit_back(noise, sigma, dtype):
     draw = Perturbations(noise, theta, 2, sigma, seed=0)
 
     origin = [t.clone() for t in theta]
-    move = Displacement(blocks, theta, origin, lambda: draw.combination(torch.tensor([0.3, 0.7])))
+    steps = lambda: draw.combination(torch.tensor([0.3, 0.7]))  # noqa: E731
+    move = Displacement(blocks, theta, origin, steps())
     assert sigma < 1e-6 or any(not torch.equal(bits(t), b) for t, b in zip(theta, before, strict=True))
-    move.undo()
+    move.undo(steps())
 
     assert all(torch.equal(bits(t), b) for t, b in zip(theta, before, strict=True))
 
@@ -45,7 +46,7 @@ def test_a_displacement_adds_its_steps():
     theta, step = [torch.randn(4, 5), torch.randn(3)], torch.randn(23)
     before = torch.cat([t.flatten() for t in theta])
 
-    Displacement(FlatBlocks(theta), theta, [t.clone() for t in theta], lambda: [step.clone()])
+    Displacement(FlatBlocks(theta), theta, [t.clone() for t in theta], [step.clone()])
 
     assert_close(torch.cat([t.flatten() for t in theta]), before + step, rtol=0, atol=0)
 
@@ -57,10 +58,32 @@ def test_the_way_back_takes_a_byte_an_element():
     origin = [theta[0].clone()]
 
     with LiveBytes() as meter:
-        move = Displacement(FlatBlocks(theta), theta, origin, lambda: draw.combination(torch.tensor([0.5, 0.5])))
+        move = Displacement(FlatBlocks(theta), theta, origin, draw.combination(torch.tensor([0.5, 0.5])))
 
     assert 1.0 <= meter.live / theta[0].numel() < 1.05
-    move.undo()
+    del move
+
+
+def test_an_undoing_that_was_broken_off_goes_on_where_it_stopped(monkeypatch):
+    monkeypatch.setattr(flat_blocks, "CPU_BLOCK_SIZE", 64)
+    theta = [torch.randn(300)]
+    before, origin = theta[0].clone(), [theta[0].clone()]
+    draw = Perturbations("normal", theta, 2, 0.1, seed=0)
+    steps = lambda: draw.combination(torch.tensor([0.5, 0.5]))  # noqa: E731
+    move = Displacement(draw.blocks, theta, origin, steps())
+
+    def breaking_off():
+        for number, step in enumerate(steps()):
+            if number == 2:
+                raise FloatingPointError("in the middle")
+            yield step
+
+    with pytest.raises(FloatingPointError, match="in the middle"):
+        move.undo(breaking_off())
+    assert not torch.equal(theta[0], before)
+    move.undo(steps())
+
+    assert torch.equal(theta[0], before)
 
 
 def test_the_validation_pass_keeps_no_copy_of_the_parameters():
