@@ -67,6 +67,9 @@ class Options:
     vocab_size: int | None = field(default=None, metadata={"help": "Likewise."})
     batch_size: int | None = field(default=None, metadata={"help": "Of train and meta batches, likewise."})
     sequence_length: int | None = field(default=None, metadata={"help": "Likewise."})
+    dropout: float | None = field(
+        default=None, metadata={"help": "Of hidden states and attention, instead of the configuration's own."}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads; PyTorch's choice by default."})
     bf16: bool | None = field(default=None, metadata={"help": "Mixed precision; by default on CUDA only."})
     seed: int = field(default=0, metadata={"help": "Of weights, data and noise."})
@@ -84,11 +87,20 @@ class Options:
         for name in ("rounds", *OVERRIDES, "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1, got {getattr(self, name)}.")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` should be at least 0 and below 1, got {self.dropout}.")
 
     def shape(self, name: str) -> Shape:
         """A named shape with what this measurement changes about it."""
         changes = {key: getattr(self, key) for key in OVERRIDES if getattr(self, key) is not None}
-        return replace(SHAPES[name], **changes)
+        shape = replace(SHAPES[name], **changes)
+        if self.dropout is None:
+            return shape
+        # Each family of models knows some of these names and ignores the others.
+        dropout = dict.fromkeys(
+            ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"), self.dropout
+        )
+        return replace(shape, settings={**shape.settings, **dropout})
 
 
 OVERRIDES = ("layers", "hidden_size", "vocab_size", "batch_size", "sequence_length")

@@ -440,6 +440,16 @@ def test_the_command_measures_writes_and_shows_again(tmp_path, capsys):
     assert {path.name for path in (tmp_path / "again").iterdir()} == names - {"benchmark_step.json"}
 
 
+@pytest.mark.parametrize("name", benchmark_shapes.SHAPES)
+@pytest.mark.parametrize("dropout", [None, 0.0, 0.3])
+def test_dropout_is_the_configurations_own_or_the_one_asked_for(name, dropout):
+    found = options(dropout=dropout).shape(name).config().to_dict()
+    own = benchmark_shapes.SHAPES[name].config().to_dict()
+    keys = [key for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout") if key in own]
+    assert keys
+    assert [found[key] for key in keys] == [own[key] if dropout is None else dropout for key in keys]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -448,6 +458,7 @@ def test_the_command_measures_writes_and_shows_again(tmp_path, capsys):
         ({"modules": ["mwn", "cnn"]}, "`modules` should be among mwn, rtn, hook, got cnn"),
         ({"rounds": 0}, "`rounds` should be at least 1, got 0"),
         ({"layers": 0}, "`layers` should be at least 1, got 0"),
+        ({"dropout": 1.0}, "`dropout` should be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_wrong_options_are_errors_that_name_what_is_possible(changes, message, capsys):

@@ -12,7 +12,7 @@ from torch import Tensor
 CPU_BLOCK_SIZE = 2**19
 """Elements of a block on the CPU: a few blocks fit the cache, where consecutive operations find them again."""
 
-DEVICE_BLOCK_SIZE = 2**24
+DEVICE_BLOCK_SIZE = 2**22
 """Elements of a block on an accelerator: few enough for a small buffer, enough to hide the launch of a kernel."""
 
 
