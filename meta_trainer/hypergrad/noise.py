@@ -41,10 +41,9 @@ class Perturbations(Sequence[Iterator[Tensor]]):
     r"""The K perturbations :math:`\epsilon_k` of one hypergradient.
 
     Each is an iterator over its flat blocks, aligned with `blocks`; a block is valid until the next one is asked for. A
-    named distribution has zero mean and standard
-    deviation `sigma`, and is drawn anew from its seed at every access: the k-th item is the same each time, and memory
-    holds no copy of it. Items are the same for any K. A function is called once for each candidate, at construction,
-    and its tensors are used as they are.
+    named distribution has zero mean and standard deviation `sigma`, and is drawn anew from its seed at every access:
+    the k-th item is the same each time, and memory holds no copy of it. Items are the same for any K. A function is
+    called once for each candidate, at construction, and its tensors are used as they are.
 
     Args:
         noise: A name of :data:`NOISE_NAMES` or a function.
