@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.flat_blocks import Block, FlatBlocks
-
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from meta_trainer.hypergrad.flat_blocks import INTEGERS, Block, FlatBlocks
 
 
 class Displacement:
@@ -52,7 +50,7 @@ class _RoundingErrors:
     """What makes `found`, which is overwritten, into `expected`: a byte an element, and those that are further off."""
 
     def __init__(self, expected: Tensor, found: Tensor) -> None:
-        integers = _INTEGERS[expected.itemsize]
+        integers = INTEGERS[expected.itemsize]
         # Neighbouring floating-point numbers of one sign are neighbouring integers.
         errors = found.view(integers)
         torch.sub(expected.view(integers), errors, out=errors)
@@ -64,7 +62,7 @@ class _RoundingErrors:
 
     def correct(self, found: Tensor) -> Tensor:
         """Change `found`, the tensor of the constructor or its equal, into `expected`."""
-        found.view(_INTEGERS[found.itemsize]).add_(self._errors)
+        found.view(INTEGERS[found.itemsize]).add_(self._errors)
         found[self._outliers] = self._values
         return found
 

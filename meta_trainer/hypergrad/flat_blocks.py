@@ -15,6 +15,9 @@ CPU_BLOCK_SIZE = 2**19
 DEVICE_BLOCK_SIZE = 2**22
 """Elements of a block on an accelerator: few enough for a small buffer, enough to hide the launch of a kernel."""
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integer type of as many bytes, for the bits of floating-point numbers."""
+
 
 @dataclass(frozen=True)
 class _Piece:

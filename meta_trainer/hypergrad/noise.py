@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.flat_blocks import Block, FlatBlocks
+from meta_trainer.hypergrad.flat_blocks import INTEGERS, Block, FlatBlocks
 
 Noise = str | Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 """A name of :data:`NOISE_NAMES`, or a function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
 
-_INTEGERS = {4: torch.int32, 8: torch.int64}
-
 
 def _sign(out: Tensor, sigma: float, generator: torch.Generator) -> None:
     """Plus or minus `sigma`, at the price of one random bit an element."""
-    integers = _INTEGERS[out.itemsize]
+    integers = INTEGERS[out.itemsize]
     bits = 8 * integers.itemsize
     words = torch.empty(len(out) // 64, dtype=torch.int64, device=out.device)
     words = words.random_(-(2**63), None, generator=generator).view(integers)  # [W]
