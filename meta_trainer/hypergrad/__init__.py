@@ -17,19 +17,26 @@ estimator              idea                                                    p
 Each leaves no trace: parameters, buffers, ``.grad`` fields and random state come back bit for bit.
 """
 
-from meta_trainer.hypergrad.evograd import evograd, loss_cotangents
+from meta_trainer.hypergrad.evograd import AUTO, check_evograd_settings, evograd, loss_cotangents
 from meta_trainer.hypergrad.finite_difference import finite_difference
-from meta_trainer.hypergrad.noise import NOISE_NAMES, Noise
+from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep, OptimizerStep
+from meta_trainer.hypergrad.noise import NOISE_NAMES, Layout, Noise
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
 from meta_trainer.hypergrad.t1t2 import t1t2
 
 __all__ = [
+    "AUTO",
     "NOISE_NAMES",
     "BilevelProblem",
+    "GradientDescent",
     "Hypergradient",
+    "InnerStep",
+    "Layout",
     "Noise",
+    "OptimizerStep",
     "RandomState",
+    "check_evograd_settings",
     "evograd",
     "finite_difference",
     "loss_cotangents",

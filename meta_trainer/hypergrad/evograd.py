@@ -7,18 +7,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.noise import Noise, Perturbations
+from meta_trainer.hypergrad.inner_step import InnerStep
+from meta_trainer.hypergrad.noise import INDEPENDENT, Layout, Noise, Perturbations, check_noise_name
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
+from meta_trainer.hypergrad.shape import Shape
+
+AUTO = "auto"
+"""The temperature that is the standard deviation of the candidates' losses."""
 
 
 def evograd(
     problem: BilevelProblem,
     num_candidates: int = 2,
     sigma: float = 1e-3,
-    temperature: float = 0.05,
+    temperature: float | str = 0.05,
     noise: Noise = "sign",
     seed: int = 0,
+    *,
+    antithetic: bool = False,
+    orthogonal: bool = False,
+    include_unperturbed: bool = False,
+    relative_sigma: bool = False,
+    guidance: float = 1.0,
+    inner_step: InnerStep | None = None,
 ) -> Hypergradient:
     r"""Hypergradient through an evolutionary inner step.
 
@@ -32,50 +44,87 @@ def evograd(
     its loss is known: one candidate's graph is alive at a time, and none where :math:`\lambda` enters after the model.
     All candidates see the same random numbers.
 
+    For small perturbations it is, in the mean over their draws, the hypergradient of the inner step
+    :math:`\theta' = \theta - \frac{1}{\tau} Cov(\epsilon)\,\partial\ell_T/\partial\theta`. The kinds of noise differ
+    in this covariance, and in how much single draws scatter:
+
+    - ``"sign"`` and ``"normal"``, :math:`\sigma^2 I`: blind directions. The signal is the one component of a draw that
+      lies along the validation gradient, among all those of theta.
+    - ``"optimizer"``, :math:`\sigma^2 D` with the rates D of `inner_step`, relative to a typical one: signs, larger
+      where the optimizer takes larger steps.
+    - ``"guided"``: along :math:`D g`, where :math:`g = \partial\ell_V/\partial\theta` is taken at theta beforehand, so
+      long that :math:`\langle g, \epsilon_k \rangle` varies as it does for blind noise: the mean of that noise, given
+      what the validation loss sees of it. The inner step along g is the same, the scatter is gone. Without
+      `inner_step`, D = I and :math:`\sigma` is the length of a perturbation. For K = 2 this is DARTS' central
+      difference. The passes are those of blind noise, the validation pass first.
+
     Args:
         problem: The bilevel problem.
         num_candidates: K, at least 2.
         sigma: Standard deviation of the perturbations, in units of the parameters.
-        temperature: :math:`\tau > 0`, in units of the training loss; small values select the best candidate.
-        noise: ``"sign"`` (:math:`\pm\sigma`), ``"normal"``, or a function ``(k, theta) -> list of tensors`` whose
-            :math:`\epsilon_k` is used as it is.
+        temperature: :math:`\tau > 0`, in units of the training loss; small values select the best candidate. ``"auto"``
+            is the standard deviation of the candidates' losses: selection is neither blind nor absolute.
+        noise: ``"sign"`` (:math:`\pm\sigma`), ``"normal"``, ``"optimizer"``, ``"guided"``, or a function
+            ``(k, theta) -> list of tensors`` whose :math:`\epsilon_k` is used as it is.
         seed: Seed of the perturbations; the global random state is not touched.
+        antithetic: Candidates come in pairs of opposite perturbations.
+        orthogonal: No two perturbations of different directions share a component; for noise of signs.
+        include_unperturbed: The first candidate is theta itself.
+        relative_sigma: `sigma` is in units of each tensor's root mean square; that of all theta for a tensor of zeros.
+        guidance: For ``"guided"``: share of the variance along the known direction, in (0, 1]; signs have the rest.
+        inner_step: The step whose hypergradient is estimated, also in scale; None for that of the formula, whose rate
+            is :math:`\sigma^2/\tau`.
 
     Returns:
-        The hypergradient, with K `train_losses`, `weights` and `scores`.
+        The hypergradient, with K `train_losses`, `weights` and `scores`. With ``"guided"`` noise, `val_loss` is that at
+        theta.
 
     Raises:
-        ValueError: If a setting is out of range or a loss is not a scalar.
+        ValueError: If a setting is out of range or does not go with another, or a loss is not a scalar.
 
     References:
         Bohdal et al., `EvoGrad: Efficient Gradient-Based Meta-Learning and Hyperparameter Optimization
-        <https://arxiv.org/abs/2106.10575>`_, NeurIPS 2021.
+        <https://arxiv.org/abs/2106.10575>`_, NeurIPS 2021. Noise along known gradients: Maheswaranathan et al.,
+        `Guided evolutionary strategies <https://arxiv.org/abs/1806.10230>`_, ICML 2019.
     """
-    _check_settings(num_candidates, sigma, temperature)
-    perturbations = Perturbations(noise, problem.theta, num_candidates, sigma, seed)
+    layout = Layout(antithetic, orthogonal, include_unperturbed)
+    check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance)
+    _check_inner_step(noise, relative_sigma, inner_step)
     with Sandbox(problem) as sandbox:
+        shape = Shape(problem.theta, noise, relative_sigma, inner_step)
+        validation, guide = None, None
+        if noise == "guided":
+            # Every replica has to move along the same direction.
+            validation = sandbox.validate(over_replicas=True)
+            guide = shape.guide(sandbox.blocks, validation.theta_grad, guidance)
+        scale = shape.scale(sandbox.blocks)
+        perturbations = Perturbations(noise, problem.theta, num_candidates, sigma, seed, layout, scale, guide)
+
         losses, meta_grads = _evaluate_candidates(sandbox, perturbations)
         losses = problem.mean(losses)  # [K]
-        weights = torch.softmax(-losses / temperature, dim=0)  # [K]
+        tau = _temperature(temperature, losses)
+        weights = torch.softmax(-losses / tau, dim=0)  # [K]
+        if validation is None:
+            sandbox.settle_at(lambda: perturbations.combination(weights))
+            validation = sandbox.validate()
+            scores = _scores_on_the_way_back(sandbox, perturbations, weights, validation.theta_grad)
+        else:
+            scores = perturbations.scores(validation.theta_grad)
+        scores = problem.mean(scores.to(losses))  # [K]
 
-        sandbox.settle_at(lambda: perturbations.combination(weights))
-        sandbox.differentiate_theta(True)
-        val_loss = sandbox.val_loss()
-        grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
-        theta_grad, direct = grads[: len(problem.theta)], grads[len(problem.theta) :]
-        scores = problem.mean(_scores(sandbox, perturbations, weights, theta_grad).to(losses))  # [K]
-
-        total = sandbox.hypergradient(direct, loss_cotangents(losses, scores, temperature), meta_grads)
+        factor = 1.0 if shape.rate is None else shape.rate * tau / sigma**2
+        total = sandbox.hypergradient(validation.direct, loss_cotangents(losses, scores, tau) * factor, meta_grads)
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
-        val_loss=problem.mean(val_loss.detach()),
+        val_loss=problem.mean(validation.loss),
         train_losses=losses,
         weights=weights,
         scores=scores,
+        val_loss_change=(weights - 1 / num_candidates) @ scores * factor,
     )
 
 
-def loss_cotangents(losses: Tensor, scores: Tensor, temperature: float) -> Tensor:
+def loss_cotangents(losses: Tensor, scores: Tensor, temperature: float | Tensor) -> Tensor:
     r"""Coefficient of each candidate's training loss in the EvoGrad hypergradient.
 
     With :math:`w = softmax(-\ell/\tau)` and :math:`s_k = \langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`,
@@ -108,7 +157,9 @@ def _evaluate_candidates(
     return torch.stack(losses), meta_grads
 
 
-def _scores(sandbox: Sandbox, perturbations: Perturbations, weights: Tensor, theta_grad: Sequence[Tensor]) -> Tensor:
+def _scores_on_the_way_back(
+    sandbox: Sandbox, perturbations: Perturbations, weights: Tensor, theta_grad: Sequence[Tensor]
+) -> Tensor:
     """Inner products ``[K]`` of a gradient with the perturbations, while these lead the way back from theta*."""
     products, vectors = [], perturbations.blocks.flatten(theta_grad)
 
@@ -120,7 +171,23 @@ def _scores(sandbox: Sandbox, perturbations: Perturbations, weights: Tensor, the
     return torch.stack(products).sum(dim=0)
 
 
-def _check_settings(num_candidates: int, sigma: float, temperature: float) -> None:
+def _temperature(setting: float | str, losses: Tensor) -> float | Tensor:
+    if not isinstance(setting, str):
+        return setting
+    spread = losses.std()
+    # Equal losses have equal weights at any temperature.
+    return torch.where(spread > 0, spread, torch.ones_like(spread))
+
+
+def check_evograd_settings(
+    num_candidates: int,
+    sigma: float,
+    temperature: float | str,
+    noise: Noise = "sign",
+    layout: Layout = INDEPENDENT,
+    guidance: float = 1.0,
+) -> None:
+    """Raise ValueError for settings of :func:`evograd` that are out of range or do not go together."""
     if num_candidates == 1:
         raise ValueError(
             "`num_candidates` should be at least 2, got 1. A single candidate has weight 1 whatever its loss, so that "
@@ -128,6 +195,40 @@ def _check_settings(num_candidates: int, sigma: float, temperature: float) -> No
         )
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` should be at least 2, got {num_candidates}.")
+    if isinstance(temperature, str):
+        if temperature != AUTO:
+            raise ValueError(f"`temperature` should be a positive, finite number or {AUTO!r}, got {temperature!r}.")
+        temperature = 1.0
     for name, value in (("sigma", sigma), ("temperature", temperature)):
         if not 0 < value < float("inf"):
             raise ValueError(f"`{name}` should be a positive, finite number, got {value}.")
+    check_noise_name(noise)
+    if not 0 < guidance <= 1:
+        raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance}.")
+    if guidance < 1 and noise != "guided":
+        raise ValueError(f"`guidance` is the share of a known direction in noise='guided', but `noise` is {noise!r}.")
+    blind = not callable(noise) and (noise != "guided" or guidance < 1)
+    for name in ("antithetic", "orthogonal"):
+        if getattr(layout, name) and not blind:
+            raise ValueError(f"`{name}` is a layout of random perturbations, of which noise={noise!r} has none.")
+    if layout.orthogonal and noise == "normal":
+        raise ValueError("`orthogonal` is a layout of random signs: choose noise='sign' or 'optimizer', not 'normal'.")
+    if layout.include_unperturbed and callable(noise):
+        raise ValueError("`include_unperturbed` does not go with a function as `noise`: let it return zeros for k = 0.")
+
+
+def _check_inner_step(noise: Noise, relative_sigma: bool, inner_step: InnerStep | None) -> None:
+    if noise == "optimizer" and inner_step is None:
+        raise ValueError("noise='optimizer' needs an `inner_step`, whose learning rates shape it.")
+    if noise == "optimizer" and relative_sigma:
+        raise ValueError("`relative_sigma` does not go with noise='optimizer', which has a scale of its own.")
+    if callable(noise) and (relative_sigma or inner_step is not None):
+        raise ValueError(
+            "`relative_sigma` and `inner_step` scale named noise; the tensors of a function stay as they are."
+        )
+    if inner_step is None or inner_step.noise_variances() is None:
+        return
+    if relative_sigma:
+        raise ValueError("`relative_sigma` does not go with an `inner_step` that has rates of its own.")
+    if noise in ("sign", "normal"):
+        raise ValueError(f"An `inner_step` with rates of its own needs noise='optimizer' or 'guided', got {noise!r}.")

@@ -5,28 +5,34 @@ from __future__ import annotations
 import torch
 
 from meta_trainer.hypergrad.flat_blocks import inner_product
+from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
 
 
-def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: float = 0.01) -> Hypergradient:
+def finite_difference(
+    problem: BilevelProblem, lr: float = 1e-3, step_size: float = 0.01, *, inner_step: InnerStep | None = None
+) -> Hypergradient:
     r"""Hypergradient from the training loss on either side of :math:`\theta`, along the validation gradient.
 
-    With :math:`g = \partial\ell_V/\partial\theta` at :math:`\theta` and :math:`r = step\_size / \|g\|`,
+    With :math:`d = \eta\,\partial\ell_V/\partial\theta` at :math:`\theta` and :math:`r = step\_size / \|d\|`,
 
-    .. math:: \frac{d\ell_V}{d\lambda} \approx \frac{\partial\ell_V}{\partial\lambda} - \eta\,
-              \frac{\partial_\lambda\ell_T(\theta + r g) - \partial_\lambda\ell_T(\theta - r g)}{2 r} .
+    .. math:: \frac{d\ell_V}{d\lambda} \approx \frac{\partial\ell_V}{\partial\lambda} -
+              \frac{\partial_\lambda\ell_T(\theta + r d) - \partial_\lambda\ell_T(\theta - r d)}{2 r} .
 
-    Differs from :func:`t1t2` by :math:`O(r^2)`, and by :math:`O(\eta)` since :math:`g` is taken before the inner step,
-    which saves the pass that would find it.
+    Differs from :func:`t1t2` by :math:`O(r^2)`, and by :math:`O(\eta)` since the validation gradient is taken before
+    the inner step, which saves the pass that would find it. With an `inner_step`, its expected rates stand for
+    :math:`\eta`.
 
     Args:
         problem: The bilevel problem.
         lr: Inner learning rate :math:`\eta`.
         step_size: Norm of the displacement of :math:`\theta`; DARTS takes 0.01.
+        inner_step: The inner step; None for gradient descent with `lr`.
 
     Returns:
-        The hypergradient, with K = 2: the candidates :math:`\theta \pm r g`, equally weighted.
+        The hypergradient, with K = 2: the candidates :math:`\theta \pm r d`, equally weighted; `val_loss` is taken at
+        theta.
 
     Raises:
         ValueError: If a setting is not positive and finite or a loss is not a scalar.
@@ -34,36 +40,35 @@ def finite_difference(problem: BilevelProblem, lr: float = 1e-3, step_size: floa
     References:
         Liu et al., `DARTS: Differentiable Architecture Search <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, eq. 8.
     """
-    for name, value in (("lr", lr), ("step_size", step_size)):
-        if not 0 < value < float("inf"):
-            raise ValueError(f"`{name}` should be a positive, finite number, got {value}.")
+    if not 0 < step_size < float("inf"):
+        raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
+    step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
-        sandbox.differentiate_theta(True)
-        val_loss = sandbox.val_loss()
-        grads = sandbox.gradient(val_loss, (*problem.theta, *problem.meta_params))
         # Every replica has to move along the same direction, or their differences could not be averaged.
-        val_grad, direct = [problem.mean(g) for g in grads[: len(problem.theta)]], grads[len(problem.theta) :]
+        validation = sandbox.validate(over_replicas=True)
+        direction = step.precondition(validation.theta_grad)
         blocks = sandbox.blocks
-        norm = inner_product(blocks.flatten(val_grad), blocks.flatten(val_grad)).sqrt()
+        norm = inner_product(blocks.flatten(direction), blocks.flatten(direction)).sqrt()
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, step_size / norm, torch.ones_like(norm))
 
         sandbox.differentiate_theta(False)
         losses, meta_grads = [], []
         for side in (radius, -radius):
-            sandbox.move_to(block * side for block in blocks.flatten(val_grad))
+            sandbox.move_to(block * side for block in blocks.flatten(direction))
             loss = sandbox.train_loss()
             meta_grads.append(sandbox.meta_gradient(loss))
             losses.append(loss.detach())
             del loss  # and its graph, before the next one
-        sides = torch.stack([radius, -radius])  # [2]
-        total = sandbox.hypergradient(direct, -lr / (2 * sides), meta_grads)
-        scores = sides * norm.square()  # [2]
+        coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
+        total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
+        slope = inner_product(blocks.flatten(validation.theta_grad), blocks.flatten(direction))
     train_losses = problem.mean(torch.stack(losses))  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
-        val_loss=problem.mean(val_loss.detach()),
+        val_loss=problem.mean(validation.loss),
         train_losses=train_losses,
         weights=torch.full_like(train_losses, 0.5),
-        scores=scores,
+        scores=torch.stack([radius, -radius]) * slope,
+        val_loss_change=coefficients.to(train_losses) @ train_losses,
     )

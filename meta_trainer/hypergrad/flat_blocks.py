@@ -59,6 +59,14 @@ class Block:
         parts = [piece.flatten(tensors[piece.index]) for piece in self._pieces]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def spread(self, values: Sequence[Tensor]) -> Tensor:
+        """As :meth:`flatten`, where a scalar stands for all elements of its tensor."""
+        parts = [
+            values[p.index].expand(p.stop - p.start) if values[p.index].dim() == 0 else p.flatten(values[p.index])
+            for p in self._pieces
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def split(self, flat: Tensor) -> list[Tensor]:
         """Parts of a flat tensor ``[numel]``, aligned with :meth:`views`."""
         parts = flat.split([piece.stop - piece.start for piece in self._pieces])
@@ -113,6 +121,10 @@ class FlatBlocks(Sequence[Block]):
         # Autograd chooses the strides of a gradient freely.
         contiguous = [tensor.contiguous() for tensor in tensors]
         return (block.flatten(contiguous).to(block.dtype) for block in self)
+
+    def spread(self, values: Sequence[Tensor]) -> Iterator[Tensor]:
+        """As :meth:`flatten`, where a scalar stands for all elements of its tensor."""
+        return (block.spread(values).to(block.dtype) for block in self)
 
 
 def _pieces_of(index: int, tensor: Tensor, size: int) -> Iterator[_Piece]:

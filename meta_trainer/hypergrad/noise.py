@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from meta_trainer.hypergrad.flat_blocks import INTEGERS, Block, FlatBlocks
 
-Noise = str | Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
-"""A name of :data:`NOISE_NAMES`, or a function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
+NoiseFunction = Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
+"""A function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
+
+Noise = str | NoiseFunction
+"""A name of :data:`NOISE_NAMES`, or a function."""
+
+NOISE_NAMES = ("sign", "normal", "optimizer", "guided")
 
 
 def _sign(out: Tensor, sigma: float, generator: torch.Generator) -> None:
@@ -30,18 +37,62 @@ def _normal(out: Tensor, sigma: float, generator: torch.Generator) -> None:
     out.normal_(std=sigma, generator=generator)
 
 
-_DISTRIBUTIONS: dict[str, Callable[[Tensor, float, torch.Generator], None]] = {"sign": _sign, "normal": _normal}
+@dataclass(frozen=True)
+class Layout:
+    """How the candidates lie about the unperturbed parameters.
 
-NOISE_NAMES = tuple(_DISTRIBUTIONS)
+    Attributes:
+        antithetic: Every second candidate is the mirror image of the one before: what is even in the perturbation
+            drops out of their difference.
+        orthogonal: Random signs are multiplied by the rows of a Hadamard matrix, so that no two directions share a
+            component: K of them see K dimensions.
+        include_unperturbed: The first candidate has no perturbation.
+    """
+
+    antithetic: bool = False
+    orthogonal: bool = False
+    include_unperturbed: bool = False
+
+    def place(self, k: int) -> tuple[int, float]:
+        """Number of the direction of candidate `k`, and how far it goes along it: 1, -1 or 0."""
+        if self.include_unperturbed:
+            if k == 0:
+                return 0, 0.0
+            k -= 1
+        return (k // 2, 1.0 - 2.0 * (k % 2)) if self.antithetic else (k, 1.0)
+
+
+INDEPENDENT = Layout()
+"""Every candidate has a direction of its own."""
+
+
+@dataclass(frozen=True)
+class Guide:
+    r"""A known direction for the candidates.
+
+    Attributes:
+        direction: Flat blocks at each call, of the length of a perturbation for :math:`\sigma = 1`.
+        share: Of the variance along it, in (0, 1]; random directions have the rest.
+    """
+
+    direction: Callable[[], Iterator[Tensor]]
+    share: float = 1.0
+
+    def distances(self, num_candidates: int, layout: Layout) -> list[float]:
+        """How far each candidate goes along the direction: evenly spaced both ways, of mean square 1."""
+        number = num_candidates - layout.include_unperturbed
+        steps = [float(number - 1 - 2 * (j // 2)) * (1 - 2 * (j % 2)) for j in range(number)] if number > 1 else [1.0]
+        norm = math.sqrt(sum(step**2 for step in steps) / number)
+        return [0.0] * layout.include_unperturbed + [step / norm for step in steps]
 
 
 class Perturbations(Sequence[Iterator[Tensor]]):
     r"""The K perturbations :math:`\epsilon_k` of one hypergradient.
 
     Each is an iterator over its flat blocks, aligned with `blocks`; a block is valid until the next one is asked for. A
-    named distribution has zero mean and standard deviation `sigma`, and is drawn anew from its seed at every access:
-    the k-th item is the same each time, and memory holds no copy of it. Items are the same for any K. A function is
-    called once for each candidate, at construction, and its tensors are used as they are.
+    named distribution has zero mean and standard deviation `sigma`, times `scale`; it is drawn anew from its seed at
+    every access: the k-th item is the same each time, and memory holds no copy of it. Independent items are the same
+    for any K. A function is called once for each candidate, at construction, and its tensors are used as they are.
 
     Args:
         noise: A name of :data:`NOISE_NAMES` or a function.
@@ -49,33 +100,49 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         num_candidates: K.
         sigma: Standard deviation of a named distribution; a function's tensors are not scaled.
         seed: Seed of a named distribution.
+        layout: Of a named distribution.
+        scale: Gives the flat blocks of a factor on every random perturbation; None for 1.
+        guide: The direction of ``"guided"`` perturbations.
 
     Raises:
         ValueError: If the name is unknown, or a function's tensors do not match `theta`.
     """
 
-    def __init__(self, noise: Noise, theta: Sequence[Tensor], num_candidates: int, sigma: float, seed: int) -> None:
-        if isinstance(noise, str) and noise not in _DISTRIBUTIONS:
-            names = ", ".join(repr(name) for name in NOISE_NAMES)
-            raise ValueError(f"`noise` should be one of {names} or a function, got {noise!r}.")
+    def __init__(
+        self,
+        noise: Noise,
+        theta: Sequence[Tensor],
+        num_candidates: int,
+        sigma: float,
+        seed: int,
+        layout: Layout = INDEPENDENT,
+        scale: Callable[[], Iterator[Tensor]] | None = None,
+        guide: Guide | None = None,
+    ) -> None:
+        check_noise_name(noise)
         self.blocks = FlatBlocks(theta)
-        self._noise = noise
-        self._theta = [t.detach() for t in theta]
-        self._sigma = sigma
-        # One seed per candidate, so that each can be redrawn without the ones before it.
+        self._num_candidates, self._layout, self._sigma = num_candidates, layout, sigma
+        self._fill = _normal if noise == "normal" else _sign
+        self._scale, self._guide = scale, guide
+        # One seed per direction, so that each can be redrawn without the ones before it.
         root = torch.Generator().manual_seed(seed)
         self._seeds = [int(torch.randint(2**63 - 1, (), generator=root)) for _ in range(num_candidates)]
-        self._given = [] if isinstance(noise, str) else [self._call(noise, k) for k in range(num_candidates)]
+        points = [t.detach() for t in theta]
+        self._given = None if isinstance(noise, str) else [_call(noise, k, points) for k in range(num_candidates)]
 
     def __len__(self) -> int:
         """K."""
-        return len(self._seeds)
+        return self._num_candidates
 
     def __getitem__(self, k: int) -> Iterator[Tensor]:  # type: ignore[override]
         """Flat blocks of the perturbation of candidate `k`."""
-        if not isinstance(self._noise, str):
+        if not 0 <= k < len(self):
+            raise IndexError(k)
+        if self._given is not None:
             return self.blocks.flatten(self._given[k])
-        return self._draw(self._seeds[k])
+        if self._guide is None:
+            return self._random(k, self._sigma)
+        return self._guided(k, self._guide)
 
     def combination(
         self, weights: Tensor, observe: Callable[[Sequence[Tensor]], object] = lambda parts: None
@@ -95,23 +162,69 @@ class Perturbations(Sequence[Iterator[Tensor]]):
                 total.addcmul_(part, weight.to(total))
             yield total
 
-    def _draw(self, seed: int) -> Iterator[Tensor]:
-        fill = _DISTRIBUTIONS[str(self._noise)]
+    def scores(self, vector: Sequence[Tensor]) -> Tensor:
+        """Inner products ``[K]`` of the perturbations with a vector that is aligned with theta."""
+        products = []
+        for part, *parts in zip(self.blocks.flatten(vector), *self, strict=True):
+            products.append(torch.stack([torch.dot(part, other) for other in parts]))
+        return torch.stack(products).sum(dim=0)
+
+    def _random(self, k: int, sigma: float) -> Iterator[Tensor]:
+        direction, side = self._layout.place(k)
+        # Orthogonal directions are one draw, seen through different rows of a Hadamard matrix.
+        seed = self._seeds[0 if self._layout.orthogonal else direction]
         generators = {d: torch.Generator(d).manual_seed(seed) for d in {block.device for block in self.blocks}}
         buffers = _Buffers(self.blocks)
+        scales = iter(()) if self._scale is None else self._scale()
         for block in self.blocks:
-            fill(buffers[block], self._sigma, generators[block.device])
-            yield buffers[block][: block.numel]
+            out = buffers[block]
+            self._fill(out, sigma, generators[block.device])
+            if self._layout.orthogonal:
+                _flip(out, direction)
+            out = out[: block.numel]
+            if side != 1.0:
+                out.mul_(side)
+            if self._scale is not None:
+                out.mul_(next(scales))
+            yield out
 
-    def _call(self, noise: Callable[[int, Sequence[Tensor]], Sequence[Tensor]], k: int) -> list[Tensor]:
-        epsilon = list(noise(k, self._theta))
-        expected, found = [list(t.shape) for t in self._theta], [list(e.shape) for e in epsilon]
-        if expected != found:
-            raise ValueError(
-                f"`noise` should return one tensor for each tensor of theta, of shapes {expected}, got {found} "
-                f"for candidate {k}."
-            )
-        return [e.detach().to(device=t.device, dtype=t.dtype) for e, t in zip(epsilon, self._theta, strict=True)]
+    def _guided(self, k: int, guide: Guide) -> Iterator[Tensor]:
+        distance = guide.distances(len(self), self._layout)[k] * self._sigma * guide.share**0.5
+        buffers = _Buffers(self.blocks)
+        random = iter(()) if guide.share == 1 else self._random(k, self._sigma * (1 - guide.share) ** 0.5)
+        for block, direction in zip(self.blocks, guide.direction(), strict=True):
+            out = torch.mul(direction, distance, out=buffers[block][: block.numel])
+            yield out if guide.share == 1 else out.add_(next(random))
+
+
+def check_noise_name(noise: Noise) -> None:
+    """Raise ValueError for a name that is not one of :data:`NOISE_NAMES`."""
+    if isinstance(noise, str) and noise not in NOISE_NAMES:
+        names = ", ".join(repr(name) for name in NOISE_NAMES)
+        raise ValueError(f"`noise` should be one of {names} or a function, got {noise!r}.")
+
+
+def _flip(out: Tensor, row: int) -> None:
+    """Multiply by a row of a Hadamard matrix, over and over: the sign is the parity of the bits that indices share."""
+    if row:
+        period = 2 ** row.bit_length()
+        shared = torch.arange(period, device=out.device) & row
+        parity = torch.stack([(shared >> bit) & 1 for bit in range(row.bit_length())]).sum(dim=0) % 2
+        signs = (1 - 2 * parity).to(out)
+        whole = len(out) // period * period
+        out[:whole].view(-1, period).mul_(signs)
+        out[whole:].mul_(signs[: len(out) - whole])
+
+
+def _call(noise: NoiseFunction, k: int, theta: Sequence[Tensor]) -> list[Tensor]:
+    epsilon = list(noise(k, theta))
+    expected, found = [list(t.shape) for t in theta], [list(e.shape) for e in epsilon]
+    if expected != found:
+        raise ValueError(
+            f"`noise` should return one tensor for each tensor of theta, of shapes {expected}, got {found} "
+            f"for candidate {k}."
+        )
+    return [e.detach().to(device=t.device, dtype=t.dtype) for e, t in zip(epsilon, theta, strict=True)]
 
 
 class _Buffers:

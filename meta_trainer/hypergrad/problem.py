@@ -86,11 +86,13 @@ class Hypergradient:
 
     Attributes:
         grads: Aligned with `BilevelProblem.meta_params`, zero where a parameter has no influence.
-        val_loss: Scalar, the validation loss at :math:`\theta^*`.
+        val_loss: Scalar, the validation loss at :math:`\theta^*`; where no pass is spent there, at :math:`\theta`.
         train_losses: ``[K]``, training loss of each candidate.
         weights: ``[K]``, share of each candidate in :math:`\theta^*`; sums to one.
         scores: ``[K]``, slope of the validation loss along each candidate's perturbation,
             :math:`\langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`.
+        val_loss_change: Scalar, what the inner step changes the validation loss by, to first order; negative where
+            training on the train batch helps the validation batch.
     """
 
     grads: tuple[Tensor, ...]
@@ -98,3 +100,4 @@ class Hypergradient:
     train_losses: Tensor
     weights: Tensor
     scores: Tensor
+    val_loss_change: Tensor

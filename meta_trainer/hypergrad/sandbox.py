@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -13,6 +14,21 @@ from meta_trainer.hypergrad.displacement import Displacement, add
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.problem import BilevelProblem
 from meta_trainer.hypergrad.random_state import preserved_random_state
+
+
+@dataclass(frozen=True)
+class Validation:
+    r"""The validation loss at some point.
+
+    Attributes:
+        loss: Scalar.
+        theta_grad: Derivatives by theta.
+        direct: Derivatives by the meta-parameters, the direct term.
+    """
+
+    loss: Tensor
+    theta_grad: tuple[Tensor, ...]
+    direct: tuple[Tensor, ...]
 
 
 class Sandbox:
@@ -103,9 +119,20 @@ class Sandbox:
         """Training loss at the present parameters."""
         return self._evaluate("train_loss", self.problem.train_loss)
 
-    def val_loss(self) -> Tensor:
-        """Validation loss at the present parameters."""
-        return self._evaluate("val_loss", self.problem.val_loss)
+    def validate(self, over_replicas: bool = False) -> Validation:
+        """Validation loss at the present parameters, and its derivatives.
+
+        Args:
+            over_replicas: Average the derivatives by theta over the replicas.
+        """
+        theta, mean = self.problem.theta, self.problem.mean
+        self.differentiate_theta(True)
+        loss = self._evaluate("val_loss", self.problem.val_loss)
+        grads = self.gradient(loss, (*theta, *self.problem.meta_params))
+        theta_grad = grads[: len(theta)]
+        if over_replicas:
+            theta_grad = tuple(mean(grad) for grad in theta_grad)
+        return Validation(loss.detach(), theta_grad, grads[len(theta) :])
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         """Gradient of `loss`, zero for what does not reach it; no ``.grad`` field is touched."""

@@ -1,0 +1,70 @@
+"""The shape of the noise: how large it is for each parameter, and along which known direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
+from meta_trainer.hypergrad.inner_step import InnerStep
+from meta_trainer.hypergrad.noise import Guide, Noise
+
+
+class Shape:
+    r"""Covariance of the noise over :math:`\sigma^2`, a diagonal matrix D.
+
+    Args:
+        theta: The tensors to perturb, at their unperturbed values.
+        noise: Kind of noise.
+        relative_sigma: D holds the squared root mean square of every tensor.
+        inner_step: D holds its rates, relative to a typical one, for ``"optimizer"`` and ``"guided"`` noise.
+
+    Attributes:
+        rate: Learning rate of the inner step that :math:`D` is multiplied by; None where :math:`\sigma^2/\tau` is.
+    """
+
+    def __init__(
+        self, theta: Sequence[Tensor], noise: Noise, relative_sigma: bool, inner_step: InnerStep | None
+    ) -> None:
+        self._inner_step = inner_step
+        self._variances: Sequence[Tensor] | None = None
+        self.rate = None if inner_step is None else inner_step.typical_rate()
+        if relative_sigma:
+            self._variances, overall = _mean_squares(theta)
+            self.rate = None if self.rate is None else self.rate / overall
+        elif noise == "optimizer" and inner_step is not None:
+            self._variances = inner_step.noise_variances()
+
+    def scale(self, blocks: FlatBlocks) -> Callable[[], Iterator[Tensor]] | None:
+        """What to multiply blind noise by, as flat blocks at each call; None for 1."""
+        variances = self._variances
+        return None if variances is None else lambda: (block.sqrt() for block in blocks.spread(variances))
+
+    def guide(self, blocks: FlatBlocks, gradient: Sequence[Tensor], share: float) -> Guide:
+        r"""The direction :math:`D g / \sqrt{g^T D g}`."""
+        direction: Sequence[Tensor] = gradient
+        if self._inner_step is not None:
+            direction = self._inner_step.precondition(gradient)
+            squares = inner_product(blocks.flatten(gradient), blocks.flatten(gradient))
+            self.rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
+            direction = [_ratio(part, self.rate) for part in direction]
+        if self._variances is not None:
+            direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
+        slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))
+        factor = _ratio(torch.ones_like(slope), slope.sqrt())
+        return Guide(lambda: (block * factor for block in blocks.flatten(direction)), share)
+
+
+def _mean_squares(theta: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Of every tensor, that of all theta for a tensor of zeros; and of all theta."""
+    sums = torch.stack([t.detach().to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in theta])
+    overall = sums.sum() / sum(t.numel() for t in theta)
+    means = [total / t.numel() for total, t in zip(sums, theta, strict=True)]
+    return [torch.where(mean > 0, mean, overall) for mean in means], overall
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Zero over zero is zero: without a gradient there is nowhere to go."""
+    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
