@@ -22,7 +22,7 @@ def finite_difference(
 
     Differs from :func:`t1t2` by :math:`O(r^2)`, and by :math:`O(\eta)` since the validation gradient is taken before
     the inner step, which saves the pass that would find it. With an `inner_step`, its expected rates stand for
-    :math:`\eta`.
+    :math:`\eta`, and the validation gradient is taken where that step's momentum leads.
 
     Args:
         problem: The bilevel problem.
@@ -31,8 +31,8 @@ def finite_difference(
         inner_step: The inner step; None for gradient descent with `lr`.
 
     Returns:
-        The hypergradient, with K = 2: the candidates :math:`\theta \pm r d`, equally weighted; `val_loss` is taken at
-        theta.
+        The hypergradient, with K = 2: the candidates :math:`\theta \pm r d`, equally weighted; `val_loss` is that
+        before the inner step.
 
     Raises:
         ValueError: If a setting is not positive and finite or a loss is not a scalar.
@@ -44,8 +44,7 @@ def finite_difference(
         raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
-        # Every replica has to move along the same direction, or their differences could not be averaged.
-        validation = sandbox.validate(over_replicas=True)
+        validation = sandbox.look_ahead(step.drift())
         direction = step.precondition(validation.theta_grad)
         blocks = sandbox.blocks
         norm = inner_product(blocks.flatten(direction), blocks.flatten(direction)).sqrt()

@@ -23,6 +23,9 @@ class InnerStep(Protocol):
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The update u for `gradients` of the training loss."""
 
+    def drift(self) -> list[Tensor] | None:
+        """The update for a gradient of zero, known beforehand: momentum and weight decay; None for no update."""
+
     def precondition(self, vector: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:
         """Multiply a vector by the rates.
 
@@ -60,6 +63,9 @@ class GradientDescent:
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Minus the gradients, times the learning rate."""
         return [gradient * -self.lr for gradient in gradients]
+
+    def drift(self) -> None:
+        """There is none."""
 
     def precondition(self, vector: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The vector, times the learning rate."""
@@ -115,6 +121,10 @@ class OptimizerStep:
         clipped, _ = self._clip(gradients)
         return [rule.displacement(g) for rule, g in zip(self._rules, clipped, strict=True)]
 
+    def drift(self) -> list[Tensor]:
+        """The update for a gradient of zero."""
+        return [rule.displacement(rule.zeros()) for rule in self._rules]
+
     def precondition(self, vector: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The vector, times the rates."""
         clipped, factor = self._clip(vector if gradients is None else gradients)
@@ -155,6 +165,8 @@ class _Rule(Protocol):
 
     def expected_square(self) -> Tensor: ...
 
+    def zeros(self) -> Tensor: ...
+
 
 class _SGDRule:
     def __init__(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -180,6 +192,9 @@ class _SGDRule:
 
     def expected_square(self) -> Tensor:
         return torch.ones_like(self._parameter)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self._parameter)
 
 
 class _AdamRule:
@@ -217,6 +232,9 @@ class _AdamRule:
     def expected_square(self) -> Tensor:
         # Before the first step both are zero.
         return self._square / (1 - self._beta2**self._past).clamp(min=1 - self._beta2)
+
+    def zeros(self) -> Tensor:
+        return torch.zeros_like(self._parameter)
 
     def _moments(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient = gradient + self._coupled_decay * self._parameter.detach()

@@ -103,6 +103,7 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         layout: Of a named distribution.
         scale: Gives the flat blocks of a factor on every random perturbation; None for 1.
         guide: The direction of ``"guided"`` perturbations.
+        offset: Gives the flat blocks of a displacement that every combination begins with; None for none.
 
     Raises:
         ValueError: If the name is unknown, or a function's tensors do not match `theta`.
@@ -118,12 +119,13 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         layout: Layout = INDEPENDENT,
         scale: Callable[[], Iterator[Tensor]] | None = None,
         guide: Guide | None = None,
+        offset: Callable[[], Iterator[Tensor]] | None = None,
     ) -> None:
         check_noise_name(noise)
         self.blocks = FlatBlocks(theta)
         self._num_candidates, self._layout, self._sigma = num_candidates, layout, sigma
         self._fill = _normal if noise == "normal" else _sign
-        self._scale, self._guide = scale, guide
+        self._scale, self._guide, self._offset = scale, guide, offset
         # One seed per direction, so that each can be redrawn without the ones before it.
         root = torch.Generator().manual_seed(seed)
         self._seeds = [int(torch.randint(2**63 - 1, (), generator=root)) for _ in range(num_candidates)]
@@ -147,19 +149,22 @@ class Perturbations(Sequence[Iterator[Tensor]]):
     def combination(
         self, weights: Tensor, observe: Callable[[Sequence[Tensor]], object] = lambda parts: None
     ) -> Iterator[Tensor]:
-        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, which the caller may overwrite.
+        r"""Flat blocks of :math:`\sum_k w_k \epsilon_k`, after the offset, which the caller may overwrite.
 
         Args:
             weights: ``[K]``.
             observe: Called with the K perturbations of each block, before their sum is given.
         """
         buffers = _Buffers(self.blocks)
+        offsets = iter(()) if self._offset is None else self._offset()
         for block, *parts in zip(self.blocks, *self, strict=True):
             observe(parts)
             total = buffers[block][: block.numel]
             torch.mul(parts[0], weights[0].to(total), out=total)
             for part, weight in zip(parts[1:], weights[1:], strict=True):
                 total.addcmul_(part, weight.to(total))
+            if self._offset is not None:
+                total.add_(next(offsets))
             yield total
 
     def scores(self, vector: Sequence[Tensor]) -> Tensor:

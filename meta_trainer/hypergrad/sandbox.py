@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -119,20 +119,29 @@ class Sandbox:
         """Training loss at the present parameters."""
         return self._evaluate("train_loss", self.problem.train_loss)
 
-    def validate(self, over_replicas: bool = False) -> Validation:
-        """Validation loss at the present parameters, and its derivatives.
+    def look_ahead(self, displacement: Sequence[Tensor] | None) -> Validation:
+        """Validation loss at a point near the original parameters, and its derivatives, there and back.
 
         Args:
-            over_replicas: Average the derivatives by theta over the replicas.
+            displacement: Of the point, aligned with theta; None for the original parameters.
+
+        Returns:
+            Derivatives by theta are averages over the replicas, so that all may move along the same direction.
         """
-        theta, mean = self.problem.theta, self.problem.mean
+        if displacement is not None:
+            self.move_to(self.blocks.flatten(displacement))
+        validation = self.validate()
+        if displacement is not None:
+            self.move_back()
+        return replace(validation, theta_grad=tuple(self.problem.mean(g) for g in validation.theta_grad))
+
+    def validate(self) -> Validation:
+        """Validation loss at the present parameters, and its derivatives."""
+        theta = self.problem.theta
         self.differentiate_theta(True)
         loss = self._evaluate("val_loss", self.problem.val_loss)
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
-        theta_grad = grads[: len(theta)]
-        if over_replicas:
-            theta_grad = tuple(mean(grad) for grad in theta_grad)
-        return Validation(loss.detach(), theta_grad, grads[len(theta) :])
+        return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
     def gradient(self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
         """Gradient of `loss`, zero for what does not reach it; no ``.grad`` field is touched."""

@@ -23,6 +23,7 @@ class Shape:
 
     Attributes:
         rate: Learning rate of the inner step that :math:`D` is multiplied by; None where :math:`\sigma^2/\tau` is.
+        drift: What the inner step does whatever the gradient; None for nothing.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Shape:
         self._inner_step = inner_step
         self._variances: Sequence[Tensor] | None = None
         self.rate = None if inner_step is None else inner_step.typical_rate()
+        self.drift = None if inner_step is None else inner_step.drift()
         if relative_sigma:
             self._variances, overall = _mean_squares(theta)
             self.rate = None if self.rate is None else self.rate / overall
@@ -41,6 +43,11 @@ class Shape:
         """What to multiply blind noise by, as flat blocks at each call; None for 1."""
         variances = self._variances
         return None if variances is None else lambda: (block.sqrt() for block in blocks.spread(variances))
+
+    def offset(self, blocks: FlatBlocks) -> Callable[[], Iterator[Tensor]] | None:
+        """The drift, as flat blocks at each call."""
+        drift = self.drift
+        return None if drift is None else lambda: blocks.flatten(drift)
 
     def guide(self, blocks: FlatBlocks, gradient: Sequence[Tensor], share: float) -> Guide:
         r"""The direction :math:`D g / \sqrt{g^T D g}`."""
