@@ -8,9 +8,10 @@ from typing import Any
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from meta_trainer.hypergrad import NOISE_NAMES
+from meta_trainer.hypergrad import AUTO, DEFAULT_SIGMA, NOISE_NAMES, Layout, check_evograd_settings
 
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
+INNER_STEPS = ("sgd", "optimizer")
 
 
 @dataclass
@@ -28,13 +29,46 @@ class MetaTrainingArguments(TrainingArguments):
         default="evograd", metadata={"help": f"Estimator of the hypergradient: one of {', '.join(ESTIMATORS)}."}
     )
     num_candidates: int = field(default=2, metadata={"help": "evograd: number K of perturbed candidates, at least 2."})
-    sigma: float = field(default=1e-3, metadata={"help": "evograd: standard deviation of the perturbations."})
-    temperature: float = field(
-        default=0.05, metadata={"help": "evograd: temperature of the softmax over candidate losses."}
+    sigma: float | None = field(
+        default=None,
+        metadata={
+            "help": "evograd: standard deviation of the perturbations, their length for noise=guided; none: 1e-3, and "
+            "for noise=guided what changes the meta loss by a thousandth."
+        },
+    )
+    # HfArgumentParser takes the second of three types.
+    temperature: float | str | None = field(
+        default=0.05,
+        metadata={
+            "help": "evograd: temperature of the softmax over candidate losses; 'auto': their standard deviation."
+        },
     )
     noise: str = field(
         default="sign",
-        metadata={"help": f"evograd: distribution of the perturbations: one of {', '.join(NOISE_NAMES)}."},
+        metadata={"help": f"evograd: kind of perturbations: one of {', '.join(NOISE_NAMES)}."},
+    )
+    antithetic: bool = field(
+        default=False, metadata={"help": "evograd: candidates come in pairs of opposite perturbations."}
+    )
+    orthogonal: bool = field(
+        default=False, metadata={"help": "evograd: perturbations of different directions have no component in common."}
+    )
+    include_unperturbed: bool = field(
+        default=False, metadata={"help": "evograd: the first candidate is the model itself."}
+    )
+    relative_sigma: bool = field(
+        default=False, metadata={"help": "evograd: sigma is in units of each parameter tensor's root mean square."}
+    )
+    guidance: float = field(
+        default=1.0,
+        metadata={"help": "evograd, noise=guided: share of the variance along the validation gradient, above 0."},
+    )
+    inner_step: str = field(
+        default="sgd",
+        metadata={
+            "help": "The step that the hypergradient looks through: 'sgd', plain gradient descent, or 'optimizer', the "
+            "base optimizer's own next step (SGD, Adam, AdamW)."
+        },
     )
     perturb: list[str] = field(
         default_factory=lambda: ["all"],
@@ -49,6 +83,10 @@ class MetaTrainingArguments(TrainingArguments):
         default="adamw_torch", metadata={"help": "Optimizer of the meta module, by a name that `optim` takes."}
     )
     meta_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the meta module."})
+    meta_adam_epsilon: float = field(
+        default=1e-8,
+        metadata={"help": "Epsilon of an Adam as meta optimizer; hypergradients are far smaller than gradients."},
+    )
     meta_lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "Schedule of the meta learning rate, by a name that `lr_scheduler_type` takes."},
@@ -66,6 +104,10 @@ class MetaTrainingArguments(TrainingArguments):
         """Check the meta settings, then those of `TrainingArguments`."""
         if isinstance(self.perturb, str):
             self.perturb = [self.perturb]
+        if self.sigma is None and self.noise != "guided":
+            self.sigma = DEFAULT_SIGMA
+        if isinstance(self.temperature, str) and self.temperature != AUTO:
+            self.temperature = _number("temperature", self.temperature)
         self._check_names()
         self._check_ranges()
         super().__post_init__()
@@ -74,6 +116,7 @@ class MetaTrainingArguments(TrainingArguments):
         for name, value, known in (
             ("hypergradient", self.hypergradient, ESTIMATORS),
             ("noise", self.noise, NOISE_NAMES),
+            ("inner_step", self.inner_step, INNER_STEPS),
             ("meta_optim", self.meta_optim, tuple(str(o.value) for o in OptimizerNames)),
             ("meta_lr_scheduler_type", self.meta_lr_scheduler_type, tuple(str(s.value) for s in SchedulerType)),
         ):
@@ -85,23 +128,44 @@ class MetaTrainingArguments(TrainingArguments):
             raise ValueError(f"`perturb` should be 'all' or 'head' alone, or name patterns, got both: {self.perturb}.")
 
     def _check_ranges(self) -> None:
-        if self.num_candidates < 2:
-            raise ValueError(
-                f"`num_candidates` should be at least 2, got {self.num_candidates}: a single "
-                "candidate has weight 1 whatever its loss, so that the meta module would learn nothing."
-            )
-        for name in ("sigma", "temperature", "meta_every", "per_device_meta_batch_size"):
+        layout = Layout(self.antithetic, self.orthogonal, self.include_unperturbed)
+        check_evograd_settings(
+            self.num_candidates, self.sigma, self.temperature, self.noise, layout, self.guidance, self.relative_sigma
+        )
+        for name in ("meta_every", "meta_adam_epsilon", "per_device_meta_batch_size"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be a positive number, got {getattr(self, name)}.")
         for name in ("meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
-        if self.hypergradient != "evograd" and not 0 < self.learning_rate < float("inf"):
+        if self.scales_hypergradient and not 0 < self.learning_rate < float("inf"):
             raise ValueError(
-                f"`learning_rate` should be a positive number with hypergradient={self.hypergradient!r}, got "
-                f"{self.learning_rate}: it is the length of the inner step. Choose a positive one, or 'evograd', "
-                "which does without."
+                f"`learning_rate` should be a positive number with hypergradient={self.hypergradient!r}, "
+                f"noise={self.noise!r} and temperature={self.temperature!r}, got {self.learning_rate}: it is "
+                "the length of the inner step. Choose a positive one, or 'evograd' with blind noise and a temperature "
+                "in numbers, which does without."
             )
+        if self.hypergradient == "evograd" and self.inner_step == "optimizer" and self.noise in ("sign", "normal"):
+            raise ValueError(
+                f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
+                f"{self.noise!r}."
+            )
+        if self.relative_sigma and self.follows_optimizer:
+            raise ValueError("`relative_sigma` does not go with inner_step='optimizer', which has a scale of its own.")
+
+    @property
+    def follows_optimizer(self) -> bool:
+        """Whether the inner step is the base optimizer's."""
+        shaped = self.hypergradient == "evograd" and self.noise == "optimizer"
+        return shaped or self.inner_step == "optimizer"
+
+    @property
+    def scales_hypergradient(self) -> bool:
+        """Whether the hypergradient has the scale of an inner step, and not that of the paper's formula."""
+        if self.hypergradient != "evograd" or self.follows_optimizer:
+            return True
+        # Guided perturbations are so short that sigma^2 / tau would be no step to speak of.
+        return self.temperature == AUTO or self.noise == "guided"
 
     def check_activation_checkpointing(self) -> None:
         """Raise a ValueError for reentrant checkpointing, which a meta step does not go with."""
@@ -129,3 +193,10 @@ class MetaTrainingArguments(TrainingArguments):
                 f"Derive your arguments from both: class Arguments({cls.__name__}, {type(args).__name__})."
             )
         return cls(**{**plain, **settings})
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"`{name}` should be a positive number or {AUTO!r}, got {text!r}.") from None

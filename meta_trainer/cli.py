@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"`list` takes no arguments, got {' '.join(rest)}")
         return _list()
     if options.help or options.help_all:
-        return _help(options.help_all)
+        return _help(options.config, rest, options.help_all)
     return _train(options.config, rest)
 
 
@@ -66,15 +66,21 @@ def _list() -> int:
     return 0
 
 
-def _help(everything: bool) -> int:
-    from meta_trainer.recipe import make_parser
+def _help(config: str | None, overrides: list[str], everything: bool) -> int:
+    from meta_trainer.recipe import make_parser, read_task
 
+    try:
+        task, _ = read_task(config, overrides)
+    except ValueError as error:
+        print(f"meta-trainer: error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
     console = Console()
     console.print("usage: meta-trainer train --config RECIPE [--key value ...]\n", markup=False)
     console.print("A key is set in the recipe, a flat YAML file, or on the command line, which wins.")
-    for table in make_parser().help_tables(everything):
+    for table in make_parser(task).help_tables(everything):
         console.print()
         console.print(table)
+    console.print("\nThe keys of the data are those of one task: `--task NAME --help` shows those of another.")
     if not everything:
         console.print("\n`--help-all` shows every field of transformers.TrainingArguments besides.")
     return 0

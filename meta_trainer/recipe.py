@@ -1,6 +1,6 @@
 """A recipe: flat settings from a YAML file and the command line, checked before anything is loaded."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,11 @@ from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.ner import NerArguments
+from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
+TaskArguments = NerArguments | TextClassificationArguments
+TASKS: dict[str, type[TaskArguments]] = {"ner": NerArguments, "text_classification": TextClassificationArguments}
 META_MODULES = ("representation_transform", "meta_weight_net")
 
 
@@ -19,7 +22,12 @@ META_MODULES = ("representation_transform", "meta_weight_net")
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner"] = field(default="ner", metadata={"help": "ner: cross-lingual named entity recognition."})
+    task: Literal["ner", "text_classification"] = field(
+        default="ner",
+        metadata={
+            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong."
+        },
+    )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
     method: str = field(default="this recipe", metadata={"help": "Name of the method in tables and pictures."})
     compare_with_baseline: bool = field(
@@ -50,8 +58,8 @@ class MetaModuleArguments:
         metadata={"help": "representation_transform: starts with a random residual, as the official code, or without."},
     )
     weight_net_hidden_size: int = field(default=100, metadata={"help": "meta_weight_net: size of the hidden layer."})
-    weight_net_loss_input: Literal["unperturbed", "candidate"] = field(
-        default="unperturbed",
+    weight_net_loss_input: Literal["shared", "unperturbed", "candidate"] = field(
+        default="shared",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
     )
 
@@ -75,24 +83,47 @@ class Recipe:
     """A checked recipe. `settings` holds every key with its resolved value, as a YAML file would."""
 
     run: RunArguments
-    task: NerArguments
+    task: TaskArguments
     model: ModelArguments
     module: MetaModuleArguments
     training: MetaTrainingArguments
     settings: dict[str, Any]
 
 
-def make_parser() -> SettingsParser:
-    """Parser of all keys that a recipe may have."""
+def make_parser(task: str) -> SettingsParser:
+    """Parser of all keys that a recipe of a task may have."""
+    own = {f.name for f in fields(TASKS[task])}
+    foreign_keys = {
+        f.name: f"It is a key of task={name!r}, and this is task={task!r}."
+        for name, arguments in TASKS.items()
+        for f in fields(arguments)
+        if f.name not in own
+    }
     return SettingsParser(
         {
             "run": RunArguments,
-            "data": NerArguments,
+            f"data of task={task}": TASKS[task],
             "model": ModelArguments,
             "meta module": MetaModuleArguments,
             "meta step": MetaTrainingArguments,
-        }
+        },
+        foreign_keys,
     )
+
+
+def read_task(config: str | None, overrides: list[str]) -> tuple[str, dict[str, Any]]:
+    """Name of the task and the settings of the recipe file.
+
+    Raises:
+        ValueError: If the file is missing or no mapping, or there is no such task.
+    """
+    settings: dict[str, Any] = {}
+    if config is not None:
+        file = find_recipe(config)
+        settings = _read_yaml(file)
+        settings.setdefault("output_dir", f"runs/{file.stem}")
+    # Which keys there are depends on the task.
+    return SettingsParser({"run": RunArguments}).peek("task", settings, overrides, source=str(config)), settings
 
 
 def read_recipe(config: str | None, overrides: list[str]) -> Recipe:
@@ -105,12 +136,8 @@ def read_recipe(config: str | None, overrides: list[str]) -> Recipe:
     Raises:
         ValueError: If a file is missing, a key unknown, a value of the wrong type, or a combination impossible.
     """
-    parser = make_parser()
-    settings: dict[str, Any] = {}
-    if config is not None:
-        file = find_recipe(config)
-        settings = _read_yaml(file)
-        settings.setdefault("output_dir", f"runs/{file.stem}")
+    name, settings = read_task(config, overrides)
+    parser = make_parser(name)
     run, task, model, module, training = parser.parse(settings, overrides, source=str(config))
     _check_combination(run, task, module)
     return Recipe(run, task, model, module, training, parser.resolved)
@@ -152,6 +179,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_combination(run: RunArguments, task: NerArguments, module: MetaModuleArguments) -> None:
+def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
+    trains_on_meta = isinstance(task, TextClassificationArguments) and task.train_on_meta
+    if trains_on_meta and module.meta_module and not run.compare_with_baseline:
+        raise ValueError(
+            "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "
+            "Leave out `meta_module`, or set `compare_with_baseline`."
+        )

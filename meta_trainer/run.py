@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import torch
 import yaml
 from rich.console import Console
@@ -19,10 +20,11 @@ from meta_trainer.modules import MetaModule, MetaWeightNet, RepresentationTransf
 from meta_trainer.recipe import MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
-from meta_trainer.tasks.ner import build_ner_task
+from meta_trainer.tasks.ner import NerArguments, build_ner_task
+from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
 
-BASELINE = "joint training"
+TRAINING_LABELS = "training_labels.parquet"
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,11 @@ def prepare(recipe: Recipe) -> list[PreparedMethod]:
     Raises:
         ValueError: If data, model and settings do not fit together.
     """
-    plans = [(recipe.run.method, recipe.training, recipe.module.meta_module)]
+    plans = [(recipe.training, recipe.module.meta_module)]
     if recipe.run.compare_with_baseline:
         training = copy.copy(recipe.training)
         training.output_dir = str(Path(str(recipe.training.output_dir)) / "baseline")
-        plans.insert(0, (BASELINE, training, []))
+        plans.insert(0, (training, []))
     return [_prepare_method(recipe, *plan) for plan in plans]
 
 
@@ -61,6 +63,25 @@ def run(recipe: Recipe, methods: list[PreparedMethod], console: Console) -> list
     return results
 
 
+def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
+    """Load what the recipe's task needs, for a run that learns these meta modules or none.
+
+    Raises:
+        ValueError: If data, model and settings do not fit together.
+    """
+    seed, with_meta = recipe.training.seed, bool(meta_module_names)
+    if isinstance(recipe.task, NerArguments):
+        return build_ner_task(
+            recipe.task,
+            recipe.model,
+            seed=seed,
+            with_meta=with_meta,
+            meta_batch_size=recipe.training.per_device_meta_batch_size,
+            mark_source="representation_transform" in meta_module_names,
+        )
+    return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
+
+
 def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, seed: int) -> list[MetaModule]:
     """The meta modules that a recipe names, of the sizes of `model`; the same for the same seed."""
     builders: dict[str, Callable[[], MetaModule]] = {
@@ -74,21 +95,12 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
         return [builders[name]() for name in arguments.meta_module]
 
 
-def _prepare_method(
-    recipe: Recipe, name: str, training: MetaTrainingArguments, meta_module_names: list[str]
-) -> PreparedMethod:
+def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module_names: list[str]) -> PreparedMethod:
     training.resume_from_checkpoint = _find_checkpoint(training, recipe.run.compare_with_baseline)
     if training.device.type == "cpu":
         # Pinned memory is for transfers to an accelerator; without one it is only warned about.
         training.dataloader_pin_memory = False
-    task = build_ner_task(
-        recipe.task,
-        recipe.model,
-        seed=training.seed,
-        with_meta=bool(meta_module_names),
-        meta_batch_size=training.per_device_meta_batch_size,
-        mark_source="representation_transform" in meta_module_names,
-    )
+    task = build_task(recipe, meta_module_names)
     model = task.model_init()
     modules = build_meta_modules(recipe.module, model, training.seed) if meta_module_names else []
     meter = StepMeter()
@@ -105,6 +117,7 @@ def _prepare_method(
         compute_metrics=task.compute_metrics,
         callbacks=[meter],
     )
+    name = task.baseline if recipe.run.compare_with_baseline and not meta_module_names else recipe.run.method
     return PreparedMethod(name, task, trainer, meter)
 
 
@@ -139,6 +152,10 @@ def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
+    if task.training_labels is not None and trainer.is_world_process_zero():
+        pyarrow.parquet.write_table(
+            task.training_labels.with_format("arrow")[:], Path(str(trainer.args.output_dir)) / TRAINING_LABELS
+        )
     dataset = task.test_dataset if task.test_dataset is not None else task.eval_dataset
     metrics = {} if dataset is None else trainer.evaluate(dataset, metric_key_prefix="test")
     scores = {key.removeprefix("test_"): float(value) for key, value in metrics.items()}
@@ -146,7 +163,7 @@ def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
     config: Any = trainer.model.config
     config.name_or_path = str(trainer.args.output_dir)
     trainer.create_model_card(
-        finetuned_from=recipe.model.model_name_or_path, tasks="token-classification", dataset=recipe.task.dataset_name
+        finetuned_from=recipe.model.model_name_or_path, tasks=task.pipeline_tag, dataset=recipe.task.dataset_name
     )
     if trainer.args.push_to_hub:
         trainer.push_to_hub()

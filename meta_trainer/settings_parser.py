@@ -2,9 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from rich.markup import escape
@@ -28,16 +29,19 @@ class SettingsParser(HfArgumentParser):
 
     Args:
         kinds: The dataclasses by the title of their group; their fields are the keys, each in one dataclass only.
+        foreign_keys: What to say of keys that belong elsewhere, by key.
     """
 
-    def __init__(self, kinds: dict[str, Any]) -> None:
+    def __init__(self, kinds: dict[str, Any], foreign_keys: Mapping[str, str] = MappingProxyType({})) -> None:
         self.kinds = kinds
+        self.foreign_keys = foreign_keys
         # An abbreviated key would be taken for the wrong one as soon as a field is added.
         super().__init__(list(kinds.values()), allow_abbrev=False)
         hints = {name: hint for kind in kinds.values() for name, hint in get_type_hints(kind).items()}
         self._trainer_fields = set(get_type_hints(TrainingArguments))
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
+        self._number_or_word = {name for name, hint in hints.items() if {float, str} <= {*get_args(hint)}}
         self._mappings = {
             name for name, hint in hints.items() if any("dict" in str(h) for h in (hint, *get_args(hint)))
         }
@@ -65,6 +69,16 @@ class SettingsParser(HfArgumentParser):
         self.resolved = {key: value for key, value in vars(namespace).items() if key in self._actions_by_key}
         return tuple(self._instantiate(kind) for kind in self.kinds.values())
 
+    def peek(self, key: str, settings: dict[str, Any], overrides: Sequence[str], source: str) -> Any:
+        """Value of one key, before it is known which other keys there are.
+
+        Raises:
+            ValueError: If it has the wrong type or is none of the choices.
+        """
+        if key in settings:
+            self.set_defaults(**{key: self._converted(key, settings[key], source)})
+        return getattr(self.parse_known_args(list(overrides))[0], key)
+
     def error(self, message: str) -> NoReturn:
         """Raise what `argparse` finds wrong, without its page of usage."""
         raise ValueError(message.removeprefix("argument "))
@@ -73,6 +87,9 @@ class SettingsParser(HfArgumentParser):
         """The value of one argument; `none` empties a setting that may be empty."""
         if arg_string == "none" and action.dest in self._optional and action.dest not in self._trainer_fields:
             return None
+        if action.dest in self._number_or_word and action.dest not in self._trainer_fields:
+            with suppress(ValueError):
+                return float(arg_string)
         return super()._get_value(action, arg_string)
 
     def help_tables(self, everything: bool = False) -> Iterator[Table]:
@@ -130,5 +147,7 @@ class SettingsParser(HfArgumentParser):
         return item
 
     def _suggestion(self, key: str) -> str:
+        if key in self.foreign_keys:
+            return f" {self.foreign_keys[key]}"
         near = get_close_matches(key, self._actions_by_key, n=1, cutoff=0.5)
         return f" Did you mean {near[0]!r}?" if near else " See `meta-trainer train --help` for all keys."

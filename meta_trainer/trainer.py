@@ -18,14 +18,13 @@ from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.diagnostics import Diagnostics
+from meta_trainer.estimation import check_base_optimizer, estimate
 from meta_trainer.frozen import frozen
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
-    evograd,
-    finite_difference,
     preserved_random_state,
-    t1t2,
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
@@ -33,6 +32,7 @@ from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimiz
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES
+from meta_trainer.overlap import overlap
 from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
 from meta_trainer.scope import select_parameters
 from meta_trainer.shared_forward import SharedForward
@@ -107,6 +107,7 @@ class MetaTrainer(Trainer):
     ) -> None:
         self._refuse_engines()
         self.args.check_activation_checkpointing()
+        check_base_optimizer(self.args, self.optimizer)
         if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
             raise ValueError(
                 f"{type(meta_module).__name__} weighs examples, but `compute_loss_func` gives their average only. "
@@ -132,6 +133,8 @@ class MetaTrainer(Trainer):
             # The objective is a mean over each micro-batch; Trainer divides it by their number.
             self.loss_is_scaled_for_ga = False
         self._meta_metrics = MetaMetrics()
+        self._diagnostics = Diagnostics(self.args)
+        self._path_checked = False
         self._reference: Batch | None = None  # None while the doors are shut
         self._shared_forward = SharedForward(self.args.device)
         self._base_step_follows = False
@@ -177,7 +180,10 @@ class MetaTrainer(Trainer):
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
-                return super().training_step(model, base_inputs, num_items_in_batch)
+                loss = super().training_step(model, base_inputs, num_items_in_batch)
+            if self._base_step_follows:
+                self._meta_metrics.add(objective_change=(loss / self._old_objective - 1).abs())
+            return loss
         finally:
             self._base_step_follows = False
             self._shared_forward.clear()
@@ -200,6 +206,7 @@ class MetaTrainer(Trainer):
         base_model = self.accelerator.unwrap_model(model)
         with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
             batch, meta_batch = self._meta_step_batches(inputs)
+            self._observe_overlap(base_model, batch, meta_batch)
             # What the meta batch drew is no reason for other dropout masks than the base step's.
             random_state.restore()
             theta = select_parameters(base_model, self.args.perturb)
@@ -213,6 +220,7 @@ class MetaTrainer(Trainer):
                 if not self._base_step_follows:
                     self._shared_forward.clear()
         self._update_meta_module(result)
+        self._old_objective = result.train_losses.mean()
         self._num_meta_steps += 1
         return result
 
@@ -236,6 +244,11 @@ class MetaTrainer(Trainer):
                 )
             meta_batch = next(self.meta_data)
         return dict(self._prepare_inputs(batch)), dict(self._prepare_inputs(meta_batch))
+
+    def _observe_overlap(self, model: nn.Module, batch: Batch, meta_batch: Batch) -> None:
+        share = overlap(batch, meta_batch, getattr(model, "main_input_name", ""))
+        if share is not None:
+            self._meta_metrics.add(overlap=share)
 
     def _bilevel_problem(
         self,
@@ -264,7 +277,9 @@ class MetaTrainer(Trainer):
 
         def train_loss() -> Tensor:
             with self._shared_forward.evaluation():
-                return objective(reference)
+                loss = objective(reference)
+            self._check_path(loss)
+            return loss
 
         def val_loss() -> Tensor:
             with self.compute_loss_context_manager():
@@ -283,15 +298,26 @@ class MetaTrainer(Trainer):
             else None,
         )
 
+    def _check_path(self, loss: Tensor) -> None:
+        """Raise ValueError if no meta-parameter takes part in the first training loss of a run."""
+        if self._path_checked or self.meta_module.may_be_idle or self.args.meta_learning_rate == 0:
+            return
+        inputs = [*self.meta_parameters, *(leaf for leaf, _ in self._shared_forward.intermediates)]
+        grads: Sequence[Tensor | None] = ()
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise ValueError(
+                f"The training loss does not depend on any parameter of {type(self.meta_module).__name__}, so that "
+                "nothing can be learned. Check that its doors use its parameters, without `detach` or `no_grad`; if "
+                "they are shut in the first steps, say so by `may_be_idle`."
+            )
+        self._path_checked = True
+
     def _estimate(self, problem: BilevelProblem) -> Hypergradient:
-        args = self.args
-        if args.hypergradient == "t1t2":
-            return t1t2(problem, lr=args.learning_rate)
-        if args.hypergradient == "finite_difference":
-            return finite_difference(problem, lr=args.learning_rate)
         # A seed of its own for every step and run, the same on all replicas.
-        seed = int(np.random.SeedSequence([args.seed, self._num_meta_steps]).generate_state(1)[0])
-        return evograd(problem, args.num_candidates, args.sigma, args.temperature, args.noise, seed)
+        seed = int(np.random.SeedSequence([self.args.seed, self._num_meta_steps]).generate_state(1)[0])
+        return estimate(problem, self.args, self.optimizer, seed)
 
     def _update_meta_module(self, result: Hypergradient) -> None:
         norm, stepped = apply_hypergradient(
@@ -303,7 +329,7 @@ class MetaTrainer(Trainer):
         skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
         self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
         if stepped:
-            self._meta_metrics.add(loss=result.val_loss, grad_norm=norm, max_candidate_weight=result.weights.max())
+            self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
         else:
             logger.warning(
                 f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."
@@ -398,7 +424,9 @@ class MetaTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in Trainer; the training loss comes with the means of the meta steps since the last log."""
         if self.meta_module is not None and "loss" in logs:
-            logs.update(self._meta_metrics.take())
+            means = self._meta_metrics.take()
+            self._diagnostics.check(means)
+            logs.update(means)
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------- checkpoints and cards
@@ -438,6 +466,7 @@ class MetaTrainer(Trainer):
             "optimizer": self.meta_optimizer.state_dict(),
             "scheduler": self.meta_lr_scheduler.state_dict(),
             "scaler": self.meta_scaler.state_dict(),
+            "diagnostics": self._diagnostics.state_dict(),
             "num_meta_steps": self._num_meta_steps,
             "meta_batches_read": 0 if self.meta_data is None else self.meta_data.batches_read,
         }
@@ -455,6 +484,7 @@ class MetaTrainer(Trainer):
         self.meta_optimizer.load_state_dict(state["optimizer"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
+        self._diagnostics.load_state_dict(state["diagnostics"])
         self._num_meta_steps = state["num_meta_steps"]
         if self.meta_data is not None:
             self.meta_data.seek(state["meta_batches_read"])

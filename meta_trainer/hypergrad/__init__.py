@@ -17,7 +17,7 @@ estimator              idea                                                    p
 Each leaves no trace: parameters, buffers, ``.grad`` fields and random state come back bit for bit.
 """
 
-from meta_trainer.hypergrad.evograd import AUTO, check_evograd_settings, default_sigma, evograd, loss_cotangents
+from meta_trainer.hypergrad.evograd import AUTO, DEFAULT_SIGMA, check_evograd_settings, evograd, loss_cotangents
 from meta_trainer.hypergrad.finite_difference import finite_difference
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep, OptimizerStep
 from meta_trainer.hypergrad.noise import NOISE_NAMES, Layout, Noise
@@ -27,6 +27,7 @@ from meta_trainer.hypergrad.t1t2 import t1t2
 
 __all__ = [
     "AUTO",
+    "DEFAULT_SIGMA",
     "NOISE_NAMES",
     "BilevelProblem",
     "GradientDescent",
@@ -37,7 +38,6 @@ __all__ = [
     "OptimizerStep",
     "RandomState",
     "check_evograd_settings",
-    "default_sigma",
     "evograd",
     "finite_difference",
     "loss_cotangents",

@@ -13,6 +13,9 @@ from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
 from meta_trainer.hypergrad.shape import Shape
 
+DEFAULT_SIGMA = 1e-3
+"""Standard deviation of blind noise: the paper's."""
+
 AUTO = "auto"
 """The temperature that is the standard deviation of the candidates' losses."""
 
@@ -21,7 +24,7 @@ def evograd(
     problem: BilevelProblem,
     num_candidates: int = 2,
     sigma: float | None = None,
-    temperature: float | str = 0.05,
+    temperature: float | str | None = 0.05,
     noise: Noise = "sign",
     seed: int = 0,
     *,
@@ -61,8 +64,9 @@ def evograd(
     Args:
         problem: The bilevel problem.
         num_candidates: K, at least 2.
-        sigma: Standard deviation of the perturbations, in units of the parameters; by default 1e-3, the paper's, and
-            1e-4 for ``"guided"`` noise, along which the losses are more curved.
+        sigma: Standard deviation of the perturbations, in units of the parameters; by default 1e-3, the paper's. For
+            ``"guided"`` noise by default what changes the validation loss by a thousandth, to first order: the losses
+            are far more curved along a gradient.
         temperature: :math:`\tau > 0`, in units of the training loss; small values select the best candidate. ``"auto"``
             is the standard deviation of the candidates' losses: selection is neither blind nor absolute.
         noise: ``"sign"`` (:math:`\pm\sigma`), ``"normal"``, ``"optimizer"``, ``"guided"``, or a function
@@ -88,18 +92,19 @@ def evograd(
         <https://arxiv.org/abs/2106.10575>`_, NeurIPS 2021. Noise along known gradients: Maheswaranathan et al.,
         `Guided evolutionary strategies <https://arxiv.org/abs/1806.10230>`_, ICML 2019.
     """
-    sigma = default_sigma(noise) if sigma is None else sigma
     layout = Layout(antithetic, orthogonal, include_unperturbed)
-    check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance)
+    check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance, relative_sigma)
     _check_inner_step(noise, relative_sigma, inner_step)
+    length: float | Tensor = DEFAULT_SIGMA if sigma is None else sigma
     with Sandbox(problem) as sandbox:
         shape = Shape(problem.theta, noise, relative_sigma, inner_step)
         validation, guide = None, None
         if noise == "guided":
             validation = sandbox.look_ahead(shape.drift)
             guide = shape.guide(sandbox.blocks, validation.theta_grad, guidance)
+            length = validation.short_step(guide.slope) if sigma is None else sigma
         scale, offset = shape.scale(sandbox.blocks), shape.offset(sandbox.blocks)
-        perturbations = Perturbations(noise, problem.theta, num_candidates, sigma, seed, layout, scale, guide, offset)
+        perturbations = Perturbations(noise, problem.theta, num_candidates, length, seed, layout, scale, guide, offset)
 
         losses, meta_grads = _evaluate_candidates(sandbox, perturbations)
         losses = problem.mean(losses)  # [K]
@@ -113,7 +118,7 @@ def evograd(
             scores = perturbations.scores(validation.theta_grad)
         scores = problem.mean(scores.to(losses))  # [K]
 
-        factor = 1.0 if shape.rate is None else shape.rate * tau / sigma**2
+        factor = 1.0 if shape.rate is None else shape.rate * tau / length**2
         total = sandbox.hypergradient(validation.direct, loss_cotangents(losses, scores, tau) * factor, meta_grads)
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
@@ -172,13 +177,8 @@ def _scores_on_the_way_back(
     return torch.stack(products).sum(dim=0)
 
 
-def default_sigma(noise: Noise) -> float:
-    """The `sigma` of :func:`evograd` where none is given."""
-    return 1e-4 if noise == "guided" else 1e-3
-
-
-def _temperature(setting: float | str, losses: Tensor) -> float | Tensor:
-    if not isinstance(setting, str):
+def _temperature(setting: float | str | None, losses: Tensor) -> float | Tensor:
+    if isinstance(setting, float | int):
         return setting
     spread = losses.std()
     # Equal losses have equal weights at any temperature.
@@ -187,11 +187,12 @@ def _temperature(setting: float | str, losses: Tensor) -> float | Tensor:
 
 def check_evograd_settings(
     num_candidates: int,
-    sigma: float,
-    temperature: float | str,
+    sigma: float | None,
+    temperature: float | str | None,
     noise: Noise = "sign",
     layout: Layout = INDEPENDENT,
     guidance: float = 1.0,
+    relative_sigma: bool = False,
 ) -> None:
     """Raise ValueError for settings of :func:`evograd` that are out of range or do not go together."""
     if num_candidates == 1:
@@ -205,10 +206,14 @@ def check_evograd_settings(
         if temperature != AUTO:
             raise ValueError(f"`temperature` should be a positive, finite number or {AUTO!r}, got {temperature!r}.")
         temperature = 1.0
-    for name, value in (("sigma", sigma), ("temperature", temperature)):
-        if not 0 < value < float("inf"):
+    for name, value in (("sigma", DEFAULT_SIGMA if sigma is None else sigma), ("temperature", temperature)):
+        if value is None or not 0 < value < float("inf"):
             raise ValueError(f"`{name}` should be a positive, finite number, got {value}.")
     check_noise_name(noise)
+    if relative_sigma and (callable(noise) or noise == "optimizer"):
+        raise ValueError(
+            f"`relative_sigma` is for random signs and normal noise, but noise={noise!r} has its own scale."
+        )
     if not 0 < guidance <= 1:
         raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance}.")
     if guidance < 1 and noise != "guided":

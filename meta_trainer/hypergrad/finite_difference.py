@@ -11,7 +11,7 @@ from meta_trainer.hypergrad.sandbox import Sandbox
 
 
 def finite_difference(
-    problem: BilevelProblem, lr: float = 1e-3, step_size: float = 0.01, *, inner_step: InnerStep | None = None
+    problem: BilevelProblem, lr: float = 1e-3, step_size: float | None = None, *, inner_step: InnerStep | None = None
 ) -> Hypergradient:
     r"""Hypergradient from the training loss on either side of :math:`\theta`, along the validation gradient.
 
@@ -27,7 +27,8 @@ def finite_difference(
     Args:
         problem: The bilevel problem.
         lr: Inner learning rate :math:`\eta`.
-        step_size: Norm of the displacement of :math:`\theta`; DARTS takes 0.01.
+        step_size: Norm of the displacement of :math:`\theta`; by default as long as changes the validation loss by a
+            thousandth, to first order, and at most 0.01, which is what DARTS takes.
         inner_step: The inner step; None for gradient descent with `lr`.
 
     Returns:
@@ -40,7 +41,7 @@ def finite_difference(
     References:
         Liu et al., `DARTS: Differentiable Architecture Search <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, eq. 8.
     """
-    if not 0 < step_size < float("inf"):
+    if step_size is not None and not 0 < step_size < float("inf"):
         raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
@@ -48,8 +49,10 @@ def finite_difference(
         direction = step.precondition(validation.theta_grad)
         blocks = sandbox.blocks
         norm = inner_product(blocks.flatten(direction), blocks.flatten(direction)).sqrt()
+        slope = inner_product(blocks.flatten(validation.theta_grad), blocks.flatten(direction))
+        length = validation.short_step(slope / norm) if step_size is None else step_size
         # A vanishing gradient has no direction: the difference is then zero over any radius.
-        radius = torch.where(norm > 0, step_size / norm, torch.ones_like(norm))
+        radius = torch.where(norm > 0, length / norm, torch.ones_like(norm))
 
         sandbox.differentiate_theta(False)
         losses, meta_grads = [], []
@@ -61,7 +64,6 @@ def finite_difference(
             del loss  # and its graph, before the next one
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
-        slope = inner_product(blocks.flatten(validation.theta_grad), blocks.flatten(direction))
     train_losses = problem.mean(torch.stack(losses))  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),

@@ -112,9 +112,14 @@ class OptimizerStep:
                 f"The optimizer should hold every tensor of theta, but {missing} of {len(theta)} are not among its "
                 "parameters. Narrow the scope to what is trained."
             )
-        rule = _rule_of(optimizer)
+        rule = _rule_of(type(optimizer))
         self._rules = [rule(t, groups[id(t)], optimizer.state.get(t, {})) for t in theta]
         self._max_grad_norm = max_grad_norm
+
+    @staticmethod
+    def check_kind(kind: type[torch.optim.Optimizer]) -> None:
+        """Raise ValueError if optimizers of this kind are not supported."""
+        _rule_of(kind)
 
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The update for these gradients, weight decay included."""
@@ -136,7 +141,9 @@ class OptimizerStep:
     def noise_variances(self) -> list[Tensor]:
         """Expected rates over the typical one: noise of such variances changes the loss as much as plain noise."""
         typical = self.typical_rate()
-        return [rule.expected_rate() / typical for rule in self._rules]
+        rates = [rule.expected_rate() for rule in self._rules]
+        # At the end of a schedule the learning rate is zero.
+        return [torch.where(typical > 0, rate / typical, torch.ones_like(rate)) for rate in rates]
 
     def typical_rate(self) -> Tensor:
         """Mean of the expected rates, weighted by the expected squared gradients."""
@@ -243,13 +250,13 @@ class _AdamRule:
         return mean, square.sqrt(), gradient
 
 
-def _rule_of(optimizer: torch.optim.Optimizer) -> type[_Rule]:
-    if isinstance(optimizer, torch.optim.Adam):  # AdamW is one
+def _rule_of(kind: type[torch.optim.Optimizer]) -> type[_Rule]:
+    if issubclass(kind, torch.optim.Adam):  # AdamW is one
         return _AdamRule
-    if isinstance(optimizer, torch.optim.SGD):
+    if issubclass(kind, torch.optim.SGD):
         return _SGDRule
     raise ValueError(
-        f"The inner step of {type(optimizer).__name__} is not known; those of SGD, Adam and AdamW of torch.optim are. "
+        f"The inner step of {kind.__name__} is not known; those of SGD, Adam and AdamW of torch.optim are. "
         "Choose one of these as base optimizer, or plain gradient descent as inner step."
     )
 

@@ -72,10 +72,12 @@ class Guide:
 
     Attributes:
         direction: Flat blocks at each call, of the length of a perturbation for :math:`\sigma = 1`.
+        slope: Of the validation loss along such a perturbation.
         share: Of the variance along it, in (0, 1]; random directions have the rest.
     """
 
     direction: Callable[[], Iterator[Tensor]]
+    slope: Tensor
     share: float = 1.0
 
     def distances(self, num_candidates: int, layout: Layout) -> list[float]:
@@ -114,7 +116,7 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         noise: Noise,
         theta: Sequence[Tensor],
         num_candidates: int,
-        sigma: float,
+        sigma: float | Tensor,
         seed: int,
         layout: Layout = INDEPENDENT,
         scale: Callable[[], Iterator[Tensor]] | None = None,
@@ -174,7 +176,7 @@ class Perturbations(Sequence[Iterator[Tensor]]):
             products.append(torch.stack([torch.dot(part, other) for other in parts]))
         return torch.stack(products).sum(dim=0)
 
-    def _random(self, k: int, sigma: float) -> Iterator[Tensor]:
+    def _random(self, k: int, sigma: float | Tensor) -> Iterator[Tensor]:
         direction, side = self._layout.place(k)
         # Orthogonal directions are one draw, seen through different rows of a Hadamard matrix.
         seed = self._seeds[0 if self._layout.orthogonal else direction]
@@ -183,10 +185,12 @@ class Perturbations(Sequence[Iterator[Tensor]]):
         scales = iter(()) if self._scale is None else self._scale()
         for block in self.blocks:
             out = buffers[block]
-            self._fill(out, sigma, generators[block.device])
+            self._fill(out, 1.0 if isinstance(sigma, Tensor) else sigma, generators[block.device])
             if self._layout.orthogonal:
                 _flip(out, direction)
             out = out[: block.numel]
+            if isinstance(sigma, Tensor):
+                out.mul_(sigma)
             if side != 1.0:
                 out.mul_(side)
             if self._scale is not None:

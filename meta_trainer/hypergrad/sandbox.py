@@ -30,6 +30,19 @@ class Validation:
     theta_grad: tuple[Tensor, ...]
     direct: tuple[Tensor, ...]
 
+    def short_step(self, slope: Tensor) -> Tensor:
+        """How far to go for a difference quotient: until the loss has changed by a thousandth, to first order.
+
+        Far enough for float32 to tell the losses apart, and near enough for them to be straight in between.
+
+        Args:
+            slope: Derivative of the loss along the way, per unit of length.
+
+        Returns:
+            The length, between 1e-6 and 1e-2.
+        """
+        return (1e-3 * self.loss.abs() / slope).nan_to_num(nan=0.0).clamp(1e-6, 1e-2).to(slope)
+
 
 class Sandbox:
     """Evaluates the losses of a problem at displaced parameters, and gives everything back on leaving.
@@ -126,14 +139,17 @@ class Sandbox:
             displacement: Of the point, aligned with theta; None for the original parameters.
 
         Returns:
-            Derivatives by theta are averages over the replicas, so that all may move along the same direction.
+            Loss and derivatives by theta are averages over the replicas, so that all move along the same direction.
         """
         if displacement is not None:
             self.move_to(self.blocks.flatten(displacement))
         validation = self.validate()
         if displacement is not None:
             self.move_back()
-        return replace(validation, theta_grad=tuple(self.problem.mean(g) for g in validation.theta_grad))
+        mean = self.problem.mean
+        return replace(
+            validation, loss=mean(validation.loss), theta_grad=tuple(mean(grad) for grad in validation.theta_grad)
+        )
 
     def validate(self) -> Validation:
         """Validation loss at the present parameters, and its derivatives."""

@@ -61,7 +61,7 @@ class Shape:
             direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
         slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))
         factor = _ratio(torch.ones_like(slope), slope.sqrt())
-        return Guide(lambda: (block * factor for block in blocks.flatten(direction)), share)
+        return Guide(lambda: (block * factor for block in blocks.flatten(direction)), slope.sqrt(), share)
 
 
 def _mean_squares(theta: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -46,6 +46,11 @@ class MetaModuleList(MetaModule):
         return next((member.reference_losses for member in self if member.has_loss_door), None)
 
     @property
+    def may_be_idle(self) -> bool:  # type: ignore[override]
+        """Whether all members may."""
+        return all(member.may_be_idle for member in self)
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether a member uses the loss door."""
         return any(member.has_loss_door for member in self)

@@ -59,10 +59,13 @@ class MetaModule(
         reference_losses: Which per-example losses :meth:`reduce` finds as ``batch["reference_losses"]``, detached and
             the same for all candidates: ``"shared"``, those of the first candidate; ``"unperturbed"``, those at the
             unperturbed parameters, at the price of one more forward pass; None for none.
+        may_be_idle: Whether the doors may be shut in the first meta step of a run. If not, it is an error when none of
+            the parameters takes part in its training loss.
     """
 
     batch_columns: ClassVar[tuple[str, ...]] = ()
     reference_losses: str | None = None
+    may_be_idle: bool = False
 
     def transform_batch(self, batch: Batch) -> Batch:
         """Door 1: the batch that the model trains on. Returns a new dictionary where it changes anything."""

@@ -22,6 +22,9 @@ class Task:
         data_collator: Turns rows of any of these sets into a batch.
         compute_metrics: Scores of a prediction, by name.
         main_metric: Name of the score that says which model is better; higher is better.
+        pipeline_tag: What the Hub calls the task.
+        baseline: What the same run without a meta module is called in tables.
+        training_labels: Origin and labels of each training row, to be kept beside the model, or None.
     """
 
     model_init: Callable[[], PreTrainedModel]
@@ -33,3 +36,6 @@ class Task:
     data_collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     main_metric: str
+    pipeline_tag: str
+    baseline: str
+    training_labels: Dataset | None = None

@@ -7,7 +7,14 @@ from tiny import PointClassifier, meta_trainer, points
 from meta_trainer import MetaTrainer
 from meta_trainer.meta_metrics import MetaMetrics
 
-NAMES = {"meta/loss", "meta/grad_norm", "meta/learning_rate", "meta/max_candidate_weight", "meta/skipped"}
+NAMES = {
+    f"meta/{name}"
+    for name in (
+        "loss", "loss_change", "loss_slope", "grad_norm", "learning_rate", "skipped", "max_candidate_weight",
+        "candidate_weight_range", "effective_candidates", "loss_spread", "cosine_to_last", "signal_to_noise",
+        "objective_change",
+    )
+}  # fmt: skip
 
 
 class Listener(MetaTrainer):

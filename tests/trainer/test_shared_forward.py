@@ -52,6 +52,8 @@ class Toy(nn.Module):
 class Shift(MetaModule):
     """A forward door: shifts what a layer returns, as often as it is called."""
 
+    may_be_idle = True
+
     def __init__(self, layer: str):
         super().__init__()
         self.layer, self.shift = layer, nn.Parameter(torch.linspace(-0.1, 0.1, SIZE))
@@ -684,7 +686,8 @@ def test_finite_differences_share_it_as_well(tmp_path, kind, door):
     with separate_passes():
         expected = training_steps(new_trainer(kind(), tmp_path, door, **settings), batches())
     found = training_steps(new_trainer(kind(), tmp_path, door, **settings), batches())
-    assert_same_steps(found, expected, **CLOSE)
+    # A difference over a short way amplifies rounding.
+    assert_same_steps(found, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", [Chain, Residual, LateTower, Dropouts, BatchNorms, OtherGenerators, LayerDropInside])

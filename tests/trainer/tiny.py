@@ -72,6 +72,8 @@ class PointClassifier(nn.Module):
 class IdentityModule(MetaModule):
     """Doors 1 and 2 are the identity, and the parameter has no influence."""
 
+    may_be_idle = True
+
     def __init__(self) -> None:
         super().__init__()
         self.unused = nn.Parameter(torch.zeros(3))

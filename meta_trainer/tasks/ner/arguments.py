@@ -1,10 +1,10 @@
 """Settings of cross-lingual named entity recognition, checked before anything is loaded."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
 from meta_trainer.tasks.ner.files import FILE_SUFFIXES
 from meta_trainer.tasks.ner.tags import parse_tag_map
 
@@ -107,20 +107,19 @@ class NerArguments:
         self._check_values()
         parse_tag_map(self.map_tags)
         for name in ("source_data", "target_data"):
-            self._check_data(name)
+            check_data(name, getattr(self, name), self.data_dir)
         for name in FILE_FIELDS:
-            self._check_file(name)
+            check_file(name, getattr(self, name), self.data_dir, FILE_SUFFIXES)
 
     @property
     def dataset_name(self) -> str:
         """The data of both languages, as a model card names them."""
-        source = _data_name(self.source_data, self.source_subset, self.source_train_file)
-        return f"{source} and {_data_name(self.target_data, self.target_subset, self.target_train_file)}"
+        source = data_name(self.source_data, self.source_subset, self.source_train_file)
+        return f"{source} and {data_name(self.target_data, self.target_subset, self.target_train_file)}"
 
     def path(self, name: str) -> Path:
         """Return where the file or folder ``name`` is looked up."""
-        folder = Path(self.data_dir or os.environ.get("META_TRAINER_DATA") or ".").expanduser()
-        return folder / Path(name).expanduser()
+        return locate(name, self.data_dir)
 
     def _check_sides(self) -> None:
         for side in ("source", "target"):
@@ -146,25 +145,3 @@ class NerArguments:
             raise ValueError(f"meta_split must be 'per_batch' or 'fixed', got {self.meta_split!r}.")
         if not 0 < self.meta_fraction < 1:
             raise ValueError(f"meta_fraction must lie between 0 and 1, got {self.meta_fraction}.")
-
-    def _check_data(self, name: str) -> None:
-        data = getattr(self, name)
-        # A name that starts like a path is no Hub name; any other may be one and is looked up when loaded.
-        if data and data.startswith(("/", ".", "~")) and not self.path(data).is_dir():
-            raise ValueError(f"{name}: there is no folder {self.path(data).absolute()}.")
-
-    def _check_file(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        path = self.path(value)
-        if path.suffix not in FILE_SUFFIXES:
-            raise ValueError(f"{name}={value!r}: expected a file that ends in one of {', '.join(FILE_SUFFIXES)}.")
-        if not path.is_file():
-            raise ValueError(f"{name}: there is no file {path.absolute()}; relative paths start from data_dir.")
-
-
-def _data_name(data: str | None, subset: str | None, file: str | None) -> str:
-    if data is None:
-        return Path(str(file)).stem
-    return f"{data} ({subset})" if subset else data

@@ -1,21 +1,21 @@
 """Cross-lingual named entity recognition as a task."""
 
 from functools import partial
-from typing import Any
 
 from datasets import Dataset
-from transformers import DataCollatorForTokenClassification, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
+from meta_trainer.tasks.classifier import make_config, make_model
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.ner.arguments import NerArguments
 from meta_trainer.tasks.ner.collator import SourceTargetCollator, mark_rows
 from meta_trainer.tasks.ner.encoding import encode
 from meta_trainer.tasks.ner.loading import load_ner_data
 from meta_trainer.tasks.ner.metrics import EntityScores
-from meta_trainer.tasks.ner.model import make_config, make_model
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tokenizer import make_tokenizer
 from meta_trainer.tasks.task import Task
+from meta_trainer.tasks.tokenizer import check_max_length
 
 EVALUATION_LENGTH = 512  # sub-tokens of an evaluation sentence, as in the official code of MetaXL
 
@@ -51,9 +51,7 @@ def build_ner_task(
     data = load_ner_data(ner)
     tokenizer = make_tokenizer(model, [data.source_train, data.target_train])
     config = make_config(model, data.tags, tokenizer)
-    limit = longest_input(tokenizer, config)
-    if ner.max_length > limit:
-        raise ValueError(f"max_length={ner.max_length} is more than the {limit} sub-tokens that the model can take.")
+    limit = check_max_length(ner.max_length, tokenizer, config)
 
     def encoded(sentences: Sentences | None, length: int) -> Dataset | None:
         return None if sentences is None else encode(sentences, tokenizer, data.tags, length)
@@ -69,7 +67,7 @@ def build_ner_task(
         carry_meta=with_meta,
     )
     return Task(
-        model_init=partial(make_model, model, config, seed),
+        model_init=partial(make_model, AutoModelForTokenClassification, model, config, seed),
         processing_class=tokenizer,
         train_dataset=mark_rows(encode(data.source_train, tokenizer, data.tags, ner.max_length)),
         meta_dataset=encoded(meta_dataset, ner.max_length),
@@ -78,6 +76,8 @@ def build_ner_task(
         data_collator=collator,
         compute_metrics=EntityScores(data.tags, ner.metrics),
         main_metric="f1",
+        pipeline_tag="token-classification",
+        baseline="joint training",
     )
 
 
@@ -96,9 +96,3 @@ def split_target(target: Sentences, ner: NerArguments, with_meta: bool) -> tuple
             f"meta set and {len(target) - size} to train on; both need at least one."
         )
     return target.select(range(size, len(target))), target.select(range(size))
-
-
-def longest_input(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
-    """Return the most sub-tokens that tokenizer and model allow."""
-    positions: Any = getattr(config, "max_position_embeddings", None)
-    return min(tokenizer.model_max_length, positions or tokenizer.model_max_length)

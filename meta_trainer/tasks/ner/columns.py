@@ -6,6 +6,7 @@ from datasets import ClassLabel, Dataset
 
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tags import check_iob2
+from meta_trainer.tasks.tables import check_columns
 
 
 def read_columns(
@@ -23,9 +24,7 @@ def read_columns(
     Raises:
         ValueError: If a column is missing, a row is no sentence or a tag not IOB2; it names the place.
     """
-    for column in (tokens_column, tags_column, exclude_column):
-        if column is not None and column not in dataset.column_names:
-            raise ValueError(f"{name} has no column {column!r}; its columns are {', '.join(dataset.column_names)}.")
+    check_columns(dataset, name, (tokens_column, tags_column, exclude_column))
     rows = dataset.select_columns([tokens_column, tags_column]).to_dict()
     sentences = Sentences(name, rows[tokens_column], rows[tags_column])
     _check_rows(sentences)

@@ -1,50 +1,28 @@
 """Single files of tagged sentences: parquet, JSON and CoNLL."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow.parquet
-from datasets import Dataset
-
+from meta_trainer.tasks.ner.columns import read_columns
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tags import check_iob2
+from meta_trainer.tasks.tables import read_table
 
 CONLL_SUFFIXES = (".conll", ".txt", ".tsv", ".bio")
 FILE_SUFFIXES = (".parquet", ".json", ".jsonl", *CONLL_SUFFIXES)
 
 
-def read_table(path: Path) -> Dataset:
-    """Read a parquet file, a JSON list of rows, or JSON rows one a line.
-
-    Read at once into memory: the sets are small, and no cache folder is written.
+def read_file(path: Path, tokens_column: str, tags_column: str, exclude_column: str | None = None) -> Sentences:
+    """Read a file of either kind: a table, or CoNLL, which has no further columns.
 
     Raises:
-        ValueError: If the file cannot be read as what its name says.
+        ValueError: If it cannot be read, or sentences of a CoNLL file are to be left out by a column.
     """
-    try:
-        if path.suffix == ".parquet":
-            return Dataset(pyarrow.parquet.read_table(path))
-        return Dataset.from_list(_json_rows(path))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a table of sentences: {error}") from error
-
-
-def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
-    whole = text.lstrip().startswith("[")
-    chunks = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, chunk in chunks:
-        try:
-            value = json.loads(chunk)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON: {error.msg}.") from error
-        rows.extend(value if whole else [value])
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: expected a list of objects, or one object a line, each a sentence.")
-    return rows
+    if path.suffix not in CONLL_SUFFIXES:
+        return read_columns(read_table(path), str(path), tokens_column, tags_column, exclude_column)
+    if exclude_column is not None:
+        raise ValueError(f"exclude_column={exclude_column!r}: {path} is a CoNLL file, which has no such column.")
+    return read_conll(path)
 
 
 def read_conll(path: Path) -> Sentences:

@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, load_dataset
 
 from meta_trainer.tasks.ner.arguments import GENERATED, NerArguments
 from meta_trainer.tasks.ner.columns import read_columns
 from meta_trainer.tasks.ner.corpus import SOURCE_LOCALE, TARGET_LOCALE, generate_corpus
-from meta_trainer.tasks.ner.files import CONLL_SUFFIXES, read_conll, read_table
+from meta_trainer.tasks.ner.files import CONLL_SUFFIXES, read_file
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tags import entity_types, iob2_tags, map_entity_types, parse_tag_map
+from meta_trainer.tasks.tables import load_split
 
 # The names that the Hub's folder layout accepts for a split.
 SPLIT_NAMES = {
@@ -75,7 +75,7 @@ def _load(ner: NerArguments, side: str, kind: str) -> Sentences | None:
     data = getattr(ner, f"{side}_data")
     if data is None:
         file = getattr(ner, f"{side}_{kind}_file")
-        sentences = None if file is None else _read_file(ner.path(file), ner, exclude)
+        sentences = None if file is None else read_file(ner.path(file), ner.tokens_column, ner.tags_column, exclude)
     else:
         split = getattr(ner, f"{side}_{kind}_split")
         subset = getattr(ner, f"{side}_subset")
@@ -83,14 +83,6 @@ def _load(ner: NerArguments, side: str, kind: str) -> Sentences | None:
     if sentences is not None and not len(sentences):
         raise ValueError(f"{sentences.name} holds no sentence.")
     return sentences
-
-
-def _read_file(path: Path, ner: NerArguments, exclude: str | None) -> Sentences:
-    if path.suffix not in CONLL_SUFFIXES:
-        return read_columns(read_table(path), str(path), ner.tokens_column, ner.tags_column, exclude)
-    if exclude is not None:
-        raise ValueError(f"exclude_column={exclude!r}: {path} is a CoNLL file, which has no such column.")
-    return read_conll(path)
 
 
 def _load_split(
@@ -103,8 +95,8 @@ def _load_split(
     folder = ner.path(data)
     conll = _conll_file(folder / (subset or ""), split)
     if conll is not None:
-        return _read_file(conll, ner, exclude)
-    dataset = _load_hub_layout(str(folder) if folder.is_dir() else data, subset, split)
+        return read_file(conll, ner.tokens_column, ner.tags_column, exclude)
+    dataset = load_split(str(folder) if folder.is_dir() else data, subset, split)
     return read_columns(dataset, name, ner.tokens_column, ner.tags_column, exclude)
 
 
@@ -115,17 +107,3 @@ def _conll_file(folder: Path, split: str) -> Path | None:
             if (folder / f"{name}{suffix}").is_file():
                 return folder / f"{name}{suffix}"
     return None
-
-
-def _load_hub_layout(path: str, subset: str | None, split: str) -> Dataset:
-    """Load a split of a Hub data set or of a local folder laid out like one."""
-    if Path(path).is_dir() and subset and (Path(path) / subset).is_dir():
-        path, subset = str(Path(path) / subset), None
-    try:
-        return load_dataset(path, subset, split=split)
-    # What the library raises for a wrong name, subset or split, and without a connection.
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"Data set {path!r}, subset {subset!r}, split {split!r} cannot be loaded from a local folder or "
-            f"from the Hub: {error}"
-        ) from error

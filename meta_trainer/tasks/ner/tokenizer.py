@@ -3,16 +3,11 @@
 import math
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.ner.sentences import Sentences
-
-POSITIONS = 512  # position embeddings of an encoder built from scratch
-# Byte-level tokenizers take a word without a space before it for the middle of one.
-NEEDS_PREFIX_SPACE = ("bloom", "deberta", "gpt2", "longformer", "roberta")
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+from meta_trainer.tasks.tokenizer import load_tokenizer, train_byte_level_bpe
 
 
 def make_tokenizer(model: ModelArguments, training_sets: Sequence[Sentences]) -> PreTrainedTokenizerBase:
@@ -24,16 +19,7 @@ def make_tokenizer(model: ModelArguments, training_sets: Sequence[Sentences]) ->
     name = model.tokenizer_name or model.model_name_or_path
     if name is None:
         return train_tokenizer(training_sets, model.vocab_size)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=model.trust_remote_code)
-        prefix = {"add_prefix_space": True} if config.model_type in NEEDS_PREFIX_SPACE else {}
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=model.trust_remote_code, **prefix)
-    # What the library raises for a wrong name or folder, and without a connection.
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No tokenizer can be loaded from {name!r}, local folder or Hub: {error}") from error
-    if tokenizer.pad_token is None:
-        raise ValueError(f"The tokenizer of {name!r} has no padding token; give a tokenizer_name that has one.")
-    return tokenizer
+    return load_tokenizer(name, model, words=True)
 
 
 def train_tokenizer(training_sets: Sequence[Sentences], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -43,24 +29,9 @@ def train_tokenizer(training_sets: Sequence[Sentences], vocab_size: int) -> PreT
     pieces of their own: the sampling with exponent 0.5 of XLM (Lample and Conneau,
     `<https://arxiv.org/abs/1901.07291>`_, 2019).
 
-    WordPiece would not do: its trainer numbers the pieces in the order of a hash table, another in each
-    process, so that a resumed run would read other ids.
-
     Raises:
         ValueError: If ``vocab_size`` has no room for the 256 bytes and the special tokens.
     """
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = list(SPECIAL_TOKENS.values())
-    if vocab_size < len(alphabet) + len(specials):
-        raise ValueError(
-            f"vocab_size={vocab_size} is too small: {len(alphabet)} bytes and {len(specials)} special tokens must fit."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
     largest = max(map(len, training_sets))
     texts = (
         " ".join(words)
@@ -68,7 +39,4 @@ def train_tokenizer(training_sets: Sequence[Sentences], vocab_size: int) -> PreT
         for _ in range(round(math.sqrt(largest / len(sentences))))
         for words in sentences.tokens
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **SPECIAL_TOKENS)
+    return train_byte_level_bpe(texts, vocab_size)

@@ -1,28 +1,22 @@
-"""The base model: a token classifier, pretrained or built from a config."""
+"""The base model: a classifier of tokens or of whole texts, pretrained or built from a config."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForTokenClassification,
-    BertConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meta_trainer.tasks.model import ModelArguments
-from meta_trainer.tasks.ner.tokenizer import POSITIONS
+from meta_trainer.tasks.tokenizer import POSITIONS
 
 
-def make_config(model: ModelArguments, tags: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Return the config of a classifier over ``tags``: the pretrained model's, or that of a small BERT.
+def make_config(model: ModelArguments, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Return the config of a classifier over ``classes``: the pretrained model's, or that of a small BERT.
 
     Raises:
         ValueError: If the pretrained model cannot be found.
     """
-    id2label, label2id = dict(enumerate(tags)), {tag: number for number, tag in enumerate(tags)}
+    id2label, label2id = dict(enumerate(classes)), {name: number for number, name in enumerate(classes)}
     if model.model_name_or_path is None:
         return BertConfig(
             vocab_size=len(tokenizer),
@@ -48,14 +42,21 @@ def make_config(model: ModelArguments, tags: Sequence[str], tokenizer: PreTraine
         ) from error
 
 
-def make_model(model: ModelArguments, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """Build the model; weights that are not pretrained depend on ``seed``, not on the global generator."""
+def make_model(auto_class: Any, model: ModelArguments, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """Build the model; weights that are not pretrained depend on ``seed``, not on the global generator.
+
+    Args:
+        auto_class: The head: ``AutoModelForTokenClassification``, ``AutoModelForSequenceClassification``.
+        model: What to load, or to build from scratch.
+        config: From :func:`make_config`.
+        seed: Of the new weights.
+    """
     options = {"trust_remote_code": model.trust_remote_code, "attn_implementation": model.attn_implementation}
     # Named devices: with several of them, fork_rng would warn that it saves them all.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         if model.model_name_or_path is None:
-            return AutoModelForTokenClassification.from_config(config, **options)
-        return AutoModelForTokenClassification.from_pretrained(
+            return auto_class.from_config(config, **options)
+        return auto_class.from_pretrained(
             model.model_name_or_path, config=config, ignore_mismatched_sizes=True, **options
         )

@@ -1,0 +1,113 @@
+"""Train two recipes with every estimator over many meta learning rates: does a better hypergradient give a better model?
+
+    python scripts/study_results.py --jobs 2              # runs what has no result yet, then the figure and the table
+    python scripts/study_results.py --table-only          # what there is so far
+
+The recipes are Meta-Weight-Net on questions (TREC where $META_TRAINER_DATA holds it, else generated texts) with 40% of
+the labels flipped, and MetaXL on generated sentences, both with small encoders that are trained from scratch. Results go
+to `runs/study_results/`, the figure to `docs/figures/estimators_results.png`.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from run_grid import Cell, run_missing
+
+from meta_trainer.recipe import find_recipe
+from meta_trainer.report import COLOURS, environment
+
+RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+SEEDS = (1, 2, 3)
+PLAIN = "plain training"
+
+PAPER = {"hypergradient": "evograd", "noise": "sign", "sigma": 1.0e-3, "temperature": 0.05}
+EIGHT = {"num_candidates": 8, "antithetic": True, "orthogonal": True, "temperature": "auto"}
+GUIDED = {"hypergradient": "evograd", "noise": "guided", "sigma": None}
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "EvoGrad, K=2": PAPER,
+    "EvoGrad, K=8, antithetic, orthogonal": {**PAPER, **EIGHT},
+    "guided": GUIDED,
+    "guided, optimizer's step": {**GUIDED, "inner_step": "optimizer"},
+    "T1-T2": {"hypergradient": "t1t2"},
+}
+"""Settings of the estimators, by name."""
+
+SMALL_ENCODER = {
+    "model_name_or_path": None,
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+}
+COMMON = {
+    # Adam's own epsilon would slow the meta step down where hypergradients are small, and so mix up rate and estimator.
+    "meta_adam_epsilon": 1e-15,
+    "meta_weight_decay": 0.0,
+    "logging_steps": 20,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
+QUESTIONS = {
+    **SMALL_ENCODER,
+    **COMMON,
+    "vocab_size": 4000,
+    "max_length": 24,
+    "max_train_examples": 3000,
+    "num_train_epochs": 4,
+    "learning_rate": 5e-4,
+}
+TREC = {
+    "data": None,
+    "train_file": "text/trec6_train.parquet",
+    "test_file": "text/trec6_test.parquet",
+    "label_column": "label",
+    "exclude_column": "dup",
+}
+GENERATED = {"data": "generated", "label_column": "label"}
+SENTENCES = {**COMMON, "max_steps": 300, "compare_with_baseline": False, "meta_lr_scheduler_type": "constant"}
+
+RECIPES = {"Meta-Weight-Net": "text_classification/meta_weight_net_evograd.yaml", "MetaXL": "quickstart.yaml"}
+METRICS = {"Meta-Weight-Net": "accuracy", "MetaXL": "f1"}
+
+
+def cells(folder: Path) -> Iterator[Cell]:
+    """Every run, seed by seed, so that a study that is stopped early has whole rows."""
+    for seed in SEEDS:
+        for recipe in RECIPES:
+            yield _cell(folder, recipe, PLAIN, None, seed)
+            for estimator in ESTIMATORS:
+                for rate in RATES:
+                    yield _cell(folder, recipe, estimator, rate, seed)
+
+
+def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: int) -> Cell:
+    base = yaml.safe_load(find_recipe(RECIPES[recipe]).read_text())
+    has_trec = (Path(os.environ.get("META_TRAINER_DATA", "")) / TREC["train_file"]).is_file()
+    task = {**QUESTIONS, **(TREC if has_trec else GENERATED)} if recipe == "Meta-Weight-Net" else SENTENCES
+    method = {"meta_module": []} if rate is None else {**ESTIMATORS[estimator], "meta_learning_rate": rate}
+    name = f"{estimator}_{rate:.0e}" if rate is not None else estimator
+    path = folder / recipe / name.replace(" ", "_").replace(",", "") / f"seed_{seed}"
+    settings = {**base, **task, **method, "seed": seed, "output_dir": str(path)}
+    return Cell(estimator, f"{recipe}|{rate}", seed, path, settings)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--output", type=Path, default=Path("runs/study_results"), help="folder of the runs")
+    options = parser.parse_args()
+    run_missing(list(cells(options.output)), options.jobs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Files that every task reads alike, and the places where they are looked up."""
+
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
+from meta_trainer.tasks.tables import check_columns, load_split, read_table
+
+
+def test_a_csv_file_may_hold_commas_quotes_and_line_breaks_in_a_text(tmp_path: Path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,label,dup\n"one, ""two""\nthree",7,true\nfour,8,false\n')
+    rows = read_table(path).to_list()
+    assert rows == [
+        {"text": 'one, "two"\nthree', "label": 7, "dup": True},
+        {"text": "four", "label": 8, "dup": False},
+    ]
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", "text,label\none\n"), ("a.csv", ""), ("a.parquet", "x")])
+def test_a_file_that_is_no_table_is_named(tmp_path: Path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} cannot be read as a table"):
+        read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[1, 2]", "3\n"])
+def test_json_that_holds_no_rows_is_refused(tmp_path: Path, content):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match="expected a list of objects"):
+        read_table(tmp_path / "a.json")
+
+
+def test_a_missing_column_is_named_beside_those_that_there_are():
+    dataset = Dataset.from_dict({"text": ["a"], "label": [0]})
+    check_columns(dataset, "news", ["text", None])
+    with pytest.raises(ValueError, match="news has no column 'topic'; its columns are text, label"):
+        check_columns(dataset, "news", ["text", "topic"])
+
+
+def test_an_empty_folder_is_no_data_set(tmp_path: Path):
+    with pytest.raises(ValueError, match="split 'train' cannot be loaded"):
+        load_split(str(tmp_path), None, "train")
+
+
+def test_only_names_that_are_written_as_paths_have_to_be_folders(tmp_path: Path):
+    check_data("data", None, str(tmp_path))
+    check_data("data", "SetFit/TREC-QC", str(tmp_path))
+    with pytest.raises(ValueError, match=r"data: there is no folder .*nowhere"):
+        check_data("data", "./nowhere", str(tmp_path))
+
+
+def test_a_file_has_to_exist_and_to_be_of_a_known_kind(tmp_path: Path):
+    (tmp_path / "a.csv").touch()
+    check_file("train_file", "a.csv", str(tmp_path), [".csv"])
+    check_file("train_file", None, str(tmp_path), [".csv"])
+    with pytest.raises(ValueError, match=r"train_file='a.csv': expected a file that ends in one of .json"):
+        check_file("train_file", "a.csv", str(tmp_path), [".json"])
+    with pytest.raises(ValueError, match=r"train_file: there is no file .*b\.csv"):
+        check_file("train_file", "b.csv", str(tmp_path), [".csv"])
+
+
+def test_relative_names_start_from_the_setting_then_the_environment_then_here(monkeypatch):
+    monkeypatch.setenv("META_TRAINER_DATA", "/from/environment")
+    assert locate("a.csv", "/from/setting") == Path("/from/setting/a.csv")
+    assert locate("a.csv", None) == Path("/from/environment/a.csv")
+    monkeypatch.delenv("META_TRAINER_DATA")
+    assert locate("a.csv", None) == Path("a.csv")
+
+
+def test_data_are_named_by_their_set_and_subset_or_by_their_file():
+    assert data_name("glue", "sst2", None) == "glue (sst2)"
+    assert data_name("glue", None, None) == "glue"
+    assert data_name(None, None, "text/trec6_train.parquet") == "trec6_train"
