@@ -12,6 +12,7 @@ from meta_trainer.hypergrad import AUTO, DEFAULT_SIGMA, NOISE_NAMES, Layout, che
 
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
 INNER_STEPS = ("sgd", "optimizer")
+GUARDS = ("none", "ascent", "change")
 
 
 @dataclass
@@ -98,6 +99,20 @@ class MetaTrainingArguments(TrainingArguments):
     meta_max_grad_norm: float = field(
         default=1.0, metadata={"help": "Norm to which the hypergradient is clipped; 0 for no clipping."}
     )
+    meta_guard: str = field(
+        default="none",
+        metadata={
+            "help": "What to take out of the hypergradient, as a single inner step rewards it and training does not: "
+            "'ascent', what raises the training objective; 'change', what raises or lowers it; 'none'."
+        },
+    )
+    meta_trust_region: float = field(
+        default=0.0,
+        metadata={
+            "help": "Largest relative change of the training objective by one update of the meta module, to first "
+            "order; longer steps are shortened. 0 for no limit."
+        },
+    )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
 
     def __post_init__(self) -> None:
@@ -117,6 +132,7 @@ class MetaTrainingArguments(TrainingArguments):
             ("hypergradient", self.hypergradient, ESTIMATORS),
             ("noise", self.noise, NOISE_NAMES),
             ("inner_step", self.inner_step, INNER_STEPS),
+            ("meta_guard", self.meta_guard, GUARDS),
             ("meta_optim", self.meta_optim, tuple(str(o.value) for o in OptimizerNames)),
             ("meta_lr_scheduler_type", self.meta_lr_scheduler_type, tuple(str(s.value) for s in SchedulerType)),
         ):
@@ -135,7 +151,9 @@ class MetaTrainingArguments(TrainingArguments):
         for name in ("meta_every", "meta_adam_epsilon", "per_device_meta_batch_size"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be a positive number, got {getattr(self, name)}.")
-        for name in ("meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm"):
+        for name in (
+            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
         if self.scales_hypergradient and not 0 < self.learning_rate < float("inf"):
@@ -158,6 +176,16 @@ class MetaTrainingArguments(TrainingArguments):
         """Whether the inner step is the base optimizer's."""
         shaped = self.hypergradient == "evograd" and self.noise == "optimizer"
         return shaped or self.inner_step == "optimizer"
+
+    @property
+    def needs_train_grads(self) -> bool:
+        """Whether the update of the meta module looks at the training objective."""
+        return self.meta_guard != "none" or self.meta_trust_region > 0
+
+    @property
+    def is_blind(self) -> bool:
+        """Whether candidates lie in random directions."""
+        return self.hypergradient == "evograd" and (self.noise != "guided" or self.guidance < 1)
 
     @property
     def scales_hypergradient(self) -> bool:

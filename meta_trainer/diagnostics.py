@@ -20,7 +20,7 @@ SATURATED, FLAT = 0.95, 0.01
 UNMOVED = 1e-8
 """Slope of the validation loss along a perturbation, relative to that loss, below which there is a warning."""
 
-OVERSTEPPED = 0.1
+OVERSTEPPED = 0.01
 """Relative change of the training objective by one update of the meta module, above which there is a warning."""
 
 

@@ -33,12 +33,22 @@ meta_module = {kind}.from_pretrained("meta_module")
 
 _COMMON = ("perturb", "meta_every", "meta_optim", "meta_learning_rate", "per_device_meta_batch_size")
 _BY_ESTIMATOR = {"evograd": ("num_candidates", "sigma", "temperature", "noise")}
+_IF_SET = (
+    "antithetic",
+    "orthogonal",
+    "include_unperturbed",
+    "relative_sigma",
+    "inner_step",
+    "meta_guard",
+    "meta_trust_region",
+)
 
 
 def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainingArguments) -> None:
     """Append what was meta-learned, and how, to the model card at `card_file`."""
     card = ModelCard.load(card_file, ignore_metadata_errors=True)
-    settings = ("hypergradient", *_BY_ESTIMATOR.get(args.hypergradient, ()), *_COMMON)
+    changed = [name for name in _IF_SET if getattr(args, name) != type(args).__dataclass_fields__[name].default]
+    settings = ("hypergradient", *_BY_ESTIMATOR.get(args.hypergradient, ()), *changed, *_COMMON)
     members = list(meta_module) if isinstance(meta_module, MetaModuleList) else [meta_module]
     card.text = (
         card.text.rstrip()

@@ -9,7 +9,7 @@ from meta_trainer.hypergrad.flat_blocks import INTEGERS
 from meta_trainer.modules import Batch
 
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64
-"""Odd, with well-mixed bits: multiples of it tell positions apart."""
+"""A number of well-mixed bits: multiples of it look random."""
 
 
 def overlap(train_batch: Batch, meta_batch: Batch, input_name: str) -> Tensor | None:
@@ -44,6 +44,7 @@ def _fingerprints(batch: Batch, input_name: str) -> Tensor | None:
         bits = bits * mask.long()
     rows = bits.reshape(len(bits), -1)
     positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
-    # Integers wrap around. The square keeps sums of two tokens from being mistaken for those of two others.
+    # Integers wrap around. Without the shift, sums of products could be told from few numbers of the row.
     mixed = rows * _GOLDEN_RATIO + positions * (_GOLDEN_RATIO >> 7)
-    return torch.where(rows != 0, mixed * mixed, torch.zeros_like(rows)).sum(dim=1)
+    mixed = (mixed ^ (mixed >> 29)) * (_GOLDEN_RATIO >> 3)
+    return torch.where(rows != 0, mixed ^ (mixed >> 32), torch.zeros_like(rows)).sum(dim=1)

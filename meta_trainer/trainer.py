@@ -28,7 +28,13 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import (
+    apply_hypergradient,
+    create_meta_optimizer,
+    create_meta_scheduler,
+    guarded,
+    shorten_step,
+)
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES
@@ -135,6 +141,7 @@ class MetaTrainer(Trainer):
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
         self._path_checked = False
+        self._last_objective: Tensor | None = None
         self._reference: Batch | None = None  # None while the doors are shut
         self._shared_forward = SharedForward(self.args.device)
         self._base_step_follows = False
@@ -181,8 +188,7 @@ class MetaTrainer(Trainer):
                 self._last_meta_step_at = self.state.global_step
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
                 loss = super().training_step(model, base_inputs, num_items_in_batch)
-            if self._base_step_follows:
-                self._meta_metrics.add(objective_change=(loss / self._old_objective - 1).abs())
+            self._observe_objective(loss)
             return loss
         finally:
             self._base_step_follows = False
@@ -220,7 +226,6 @@ class MetaTrainer(Trainer):
                 if not self._base_step_follows:
                     self._shared_forward.clear()
         self._update_meta_module(result)
-        self._old_objective = result.train_losses.mean()
         self._num_meta_steps += 1
         return result
 
@@ -228,6 +233,12 @@ class MetaTrainer(Trainer):
     def meta_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of the meta module."""
         return [p for p in self.meta_module.parameters() if p.requires_grad]
+
+    def _observe_objective(self, loss: Tensor) -> None:
+        """Compare the base step's loss with that before the update of the meta module, on the same batch."""
+        if self._last_objective is not None:
+            self._meta_metrics.add(objective_change=(loss / self._last_objective - 1).abs())
+            self._last_objective = None
 
     def _meta_step_is_due(self) -> bool:
         step = self.state.global_step
@@ -293,6 +304,7 @@ class MetaTrainer(Trainer):
             state=list(model.buffers()),
             intermediates=self._shared_forward.intermediates,
             mean=self._mean_over_replicas,
+            with_train_grads=self.args.needs_train_grads,
             loss_scale=self.meta_scaler.scale(torch.ones((), device=self.args.device))
             if self.meta_scaler.is_enabled()
             else None,
@@ -320,9 +332,18 @@ class MetaTrainer(Trainer):
         return estimate(problem, self.args, self.optimizer, seed)
 
     def _update_meta_module(self, result: Hypergradient) -> None:
+        args, grads = self.args, result.grads
+        train_grads = [self._mean_over_replicas(grad) for grad in result.train_grads]
+        if args.meta_guard != "none":
+            grads = guarded(grads, train_grads, ascent_only=args.meta_guard == "ascent")
+        before = [p.detach().clone() for p in self.meta_parameters] if args.meta_trust_region else []
         norm, stepped = apply_hypergradient(
-            self.meta_parameters, result.grads, self.meta_optimizer, self.meta_scaler, self.args.meta_max_grad_norm
+            self.meta_parameters, grads, self.meta_optimizer, self.meta_scaler, args.meta_max_grad_norm
         )
+        if stepped and before:
+            objective = result.train_losses.mean()
+            share = shorten_step(self.meta_parameters, before, train_grads, args.meta_trust_region * objective)
+            self._meta_metrics.add(step_share=share)
         rate = self.meta_optimizer.param_groups[0]["lr"]
         if stepped and self.meta_lr_scheduler is not None:
             self.meta_lr_scheduler.step()
@@ -330,6 +351,10 @@ class MetaTrainer(Trainer):
         self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
         if stepped:
             self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
+        # Blind perturbations change the loss by themselves, and a micro-batch's loss is scaled.
+        comparable = self._base_step_follows and self.args.world_size == self.args.gradient_accumulation_steps == 1
+        if stepped and comparable and not self.args.is_blind:
+            self._last_objective = result.train_losses.mean()
         else:
             logger.warning(
                 f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."

@@ -9,20 +9,15 @@ to `runs/study_results/`, the figure to `docs/figures/estimators_results.png`.
 """
 
 import argparse
-import json
 import os
-import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from run_grid import Cell, run_missing
 
 from meta_trainer.recipe import find_recipe
-from meta_trainer.report import COLOURS, environment
 
 RATES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 SEEDS = (1, 2, 3)
@@ -36,6 +31,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "EvoGrad, K=8, antithetic, orthogonal": {**PAPER, **EIGHT},
     "guided": GUIDED,
     "guided, optimizer's step": {**GUIDED, "inner_step": "optimizer"},
+    "guided, guard": {**GUIDED, "meta_guard": "ascent"},
+    "guided, guard, trust region": {**GUIDED, "meta_guard": "change", "meta_trust_region": 2e-3},
     "T1-T2": {"hypergradient": "t1t2"},
 }
 """Settings of the estimators, by name."""

@@ -120,6 +120,7 @@ def evograd(
 
         factor = 1.0 if shape.rate is None else shape.rate * tau / length**2
         total = sandbox.hypergradient(validation.direct, loss_cotangents(losses, scores, tau) * factor, meta_grads)
+        train_grads = sandbox.train_grads(meta_grads)
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
         val_loss=problem.mean(validation.loss),
@@ -127,6 +128,7 @@ def evograd(
         weights=weights,
         scores=scores,
         val_loss_change=(weights - 1 / num_candidates) @ scores * factor,
+        train_grads=train_grads,
     )
 
 

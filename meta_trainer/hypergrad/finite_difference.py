@@ -64,6 +64,7 @@ def finite_difference(
             del loss  # and its graph, before the next one
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
+        train_grads = sandbox.train_grads(meta_grads)
     train_losses = problem.mean(torch.stack(losses))  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
@@ -72,4 +73,5 @@ def finite_difference(
         weights=torch.full_like(train_losses, 0.5),
         scores=torch.stack([radius, -radius]) * slope,
         val_loss_change=coefficients.to(train_losses) @ train_losses,
+        train_grads=train_grads,
     )

@@ -36,6 +36,7 @@ class BilevelProblem:
             losses, K scores and the meta-gradients through it.
         loss_scale: Factor on every loss before its backward pass, divided out of the gradient afterwards, against
             underflow in float16; None for no scaling.
+        with_train_grads: Whether the result is to hold the derivative of the training loss by the meta-parameters.
 
     Raises:
         ValueError: If `theta` or `meta_params` is empty, holds a tensor twice or shares one with the other, or holds
@@ -50,6 +51,7 @@ class BilevelProblem:
     intermediates: Sequence[tuple[Tensor, Tensor]] = ()
     mean: Callable[[Tensor], Tensor] = identity
     loss_scale: Tensor | None = None
+    with_train_grads: bool = False
 
     def __post_init__(self) -> None:
         """Refuse tensors that could not be perturbed, or whose gradient would be ambiguous."""
@@ -93,6 +95,8 @@ class Hypergradient:
             :math:`\langle \partial\ell_V/\partial\theta, \epsilon_k \rangle`.
         val_loss_change: Scalar, what the inner step changes the validation loss by, to first order; negative where
             training on the train batch helps the validation batch.
+        train_grads: Aligned with `BilevelProblem.meta_params`, derivative of this replica's training loss, in the mean
+            over the K points; empty unless `BilevelProblem.with_train_grads`.
     """
 
     grads: tuple[Tensor, ...]
@@ -101,3 +105,4 @@ class Hypergradient:
     weights: Tensor
     scores: Tensor
     val_loss_change: Tensor
+    train_grads: tuple[Tensor, ...] = ()

@@ -159,14 +159,21 @@ class Sandbox:
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
-    def gradient(self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    def gradient(
+        self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False, retain_graph: bool | None = None
+    ) -> tuple[Tensor, ...]:
         """Gradient of `loss`, zero for what does not reach it; no ``.grad`` field is touched."""
         if not loss.requires_grad:
             return tuple(torch.zeros_like(t) for t in inputs)
         scale = self.problem.loss_scale
         scaled = loss if scale is None else loss * scale
         grads = torch.autograd.grad(
-            scaled, inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            scaled,
+            inputs,
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
         return grads if scale is None else tuple(grad / scale for grad in grads)
 
@@ -196,6 +203,13 @@ class Sandbox:
                 passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
                 total = [_sum(terms) for terms in zip(total, passed_on, strict=True)]
         return tuple(first if rest is None else first + rest for first, rest in zip(direct, total, strict=True))
+
+    def train_grads(self, meta_grads: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, ...]:
+        """Mean over the candidates of the training loss's derivatives by the meta-parameters, if it is asked for."""
+        if not self.problem.with_train_grads:
+            return ()
+        zeros = [torch.zeros_like(t) for t in self.problem.meta_params]
+        return self.hypergradient(zeros, zeros[0].new_full((len(meta_grads),), 1 / len(meta_grads)), meta_grads)
 
     @property
     def meta_inputs(self) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from meta_trainer.hypergrad.flat_blocks import inner_product
@@ -54,6 +55,9 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
 
         # The second derivative is taken where the graph was recorded.
         sandbox.move_back()
+        train_grads: tuple[Tensor, ...] = ()
+        if problem.with_train_grads:
+            train_grads = sandbox.gradient(train_loss, problem.meta_params, retain_graph=True)
         direction = step.precondition(validation.theta_grad, slopes)
         mixed = sandbox.gradient(inner_product(train_grad, direction), problem.meta_params)
         score = inner_product(validation.theta_grad, displacement)
@@ -65,4 +69,5 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
         weights=torch.ones_like(train_loss.detach()[None]),
         scores=problem.mean(score[None]),
         val_loss_change=problem.mean(score),
+        train_grads=train_grads,
     )

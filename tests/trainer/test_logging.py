@@ -12,7 +12,6 @@ NAMES = {
     for name in (
         "loss", "loss_change", "loss_slope", "grad_norm", "learning_rate", "skipped", "max_candidate_weight",
         "candidate_weight_range", "effective_candidates", "loss_spread", "cosine_to_last", "signal_to_noise",
-        "objective_change",
     )
 }  # fmt: skip
 
@@ -81,3 +80,26 @@ def test_meta_metrics_average_each_name_over_its_own_values_and_start_anew():
     metrics.add(skipped=torch.tensor(1.0))
     assert metrics.take() == {"meta/loss": 1.0, "meta/skipped": 0.5}
     assert metrics.take() == {}
+
+
+@pytest.mark.parametrize("settings", [{"noise": "guided"}, {"hypergradient": "t1t2"}])
+def test_directed_estimators_log_what_an_update_does_to_the_training_objective(tmp_path, settings):
+    trainer = meta_trainer(
+        tmp_path, model=PointClassifier(), kind=Listener, logging_steps=1, meta_learning_rate=0.3, **settings
+    )
+    trainer.train()
+    changes = [log["meta/objective_change"] for log in trainer.state.log_history if "loss" in log]
+    expected = [
+        abs(log["loss"] / float(result.train_losses.mean()) - 1)
+        for log, result in zip(trainer.state.log_history, trainer.results, strict=False)
+    ]
+    assert changes == pytest.approx(expected, rel=1e-2)
+    assert max(changes) > 1e-3
+
+
+def test_the_objective_is_not_compared_with_that_of_a_micro_batch(tmp_path):
+    trainer = meta_trainer(
+        tmp_path, model=PointClassifier(), noise="guided", gradient_accumulation_steps=2, logging_steps=1
+    )
+    trainer.train()
+    assert not any("meta/objective_change" in log for log in trainer.state.log_history)

@@ -32,7 +32,9 @@ def test_what_should_be_positive_is_checked(tmp_path, name, value):
         arguments(tmp_path, **{name: value})
 
 
-@pytest.mark.parametrize("name", ["meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm"])
+@pytest.mark.parametrize(
+    "name", ["meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"]
+)
 @pytest.mark.parametrize("value", [-0.5, INF, NAN])
 def test_what_should_not_be_negative_is_checked(tmp_path, name, value):
     with pytest.raises(ValueError, match=f"`{name}` should be zero or a positive number, got {value}"):
@@ -79,7 +81,9 @@ def test_fewer_than_two_candidates_are_refused(tmp_path, value):
         arguments(tmp_path, num_candidates=value)
 
 
-@pytest.mark.parametrize("name", ["hypergradient", "noise", "meta_optim", "meta_lr_scheduler_type"])
+@pytest.mark.parametrize(
+    "name", ["hypergradient", "noise", "inner_step", "meta_guard", "meta_optim", "meta_lr_scheduler_type"]
+)
 def test_unknown_names_are_answered_with_the_known_ones(tmp_path, name):
     default = getattr(arguments(tmp_path), name)
     with pytest.raises(ValueError, match=f"`{name}` should be one of .*{default}.*, got 'evo'"):
@@ -175,6 +179,8 @@ COMMAND_LINE = {
     "meta_lr_scheduler_type": ("linear", "linear"),
     "meta_warmup_steps": ("0.1", 0.1),
     "meta_max_grad_norm": ("0", 0.0),
+    "meta_guard": ("ascent", "ascent"),
+    "meta_trust_region": ("0.01", 0.01),
     "per_device_meta_batch_size": ("16", 16),
 }
 
