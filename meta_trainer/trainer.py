@@ -21,6 +21,7 @@ from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.diagnostics import Diagnostics
 from meta_trainer.estimation import check_base_optimizer, estimate
 from meta_trainer.frozen import frozen
+from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
@@ -28,13 +29,7 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import (
-    apply_hypergradient,
-    create_meta_optimizer,
-    create_meta_scheduler,
-    guarded,
-    shorten_step,
-)
+from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES
