@@ -9,15 +9,20 @@ go to `runs/study_results/`, the figure to `docs/figures/estimators_results.png`
 """
 
 import argparse
+import json
 import os
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from run_grid import Cell, run_missing
 
 from meta_trainer.recipe import find_recipe
+from meta_trainer.report import COLOURS, environment
 
 RATES = (1e-4, 1e-3, 1e-2, 1e-6, 1e-5)
 """Meta learning rates; those at which something happens come first."""
@@ -65,7 +70,7 @@ QUESTIONS = {
     "num_train_epochs": 4,
     "learning_rate": 5e-4,
 }
-TREC = {
+TREC: dict[str, Any] = {
     "data": None,
     "train_file": "text/trec6_train.parquet",
     "test_file": "text/trec6_test.parquet",
@@ -103,13 +108,95 @@ def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: i
     return Cell(estimator, f"{recipe}|{rate}", seed, path, settings)
 
 
+def collect(runs: Sequence[Cell]) -> dict[str, Any]:
+    """Scores of every run that has ended, by recipe, estimator and rate, in percent; one for each seed."""
+    scores: dict[str, Any] = {}
+    for cell in runs:
+        result = cell.result
+        if result is not None:
+            recipe, rate = cell.target.split("|")
+            metric = result["metrics"].get(METRICS[recipe], 0.0)
+            changes = [log["meta/objective_change"] for log in result["history"] if "meta/objective_change" in log]
+            entry = (
+                scores.setdefault(recipe, {}).setdefault(cell.method, {}).setdefault(rate, {"score": [], "change": []})
+            )
+            entry["score"].append(100 * metric)
+            entry["change"].extend([statistics.mean(changes)] if changes else [])
+    return scores
+
+
+def markdown(scores: dict[str, Any]) -> str:
+    """A table for each recipe: mean and standard deviation over the seeds, estimator by meta learning rate."""
+    lines = []
+    rates = sorted(RATES)
+    for recipe, by_method in scores.items():
+        lines += [f"| {recipe}, {METRICS[recipe]} | {' | '.join(f'{rate:.0e}' for rate in rates)} |"]
+        lines += ["|---" * (len(rates) + 1) + "|"]
+        for method, by_rate in by_method.items():
+            cells_of_row = [_summary(by_rate.get(str(rate if method != PLAIN else None))) for rate in rates]
+            row = cells_of_row[:1] + [""] * (len(rates) - 1) if method == PLAIN else cells_of_row
+            lines.append(f"| {method} | {' | '.join(row)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _summary(entry: dict[str, list[float]] | None) -> str:
+    if entry is None:
+        return ""
+    scores = entry["score"]
+    deviation = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.1f}{deviation}"
+
+
+def draw(scores: dict[str, Any], file: Path) -> None:
+    """Score against meta learning rate, a line for each estimator, with plain training as the level to beat."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for axes, (recipe, by_method) in zip(panels, scores.items(), strict=True):
+        _draw_panel(axes, recipe, by_method)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+
+
+def _draw_panel(axes: Axes, recipe: str, by_method: dict[str, Any]) -> None:
+    plain = statistics.mean(by_method[PLAIN]["None"]["score"])
+    axes.axhline(plain, color="black", linestyle="--", label=PLAIN)
+    for method, colour, marker in zip(ESTIMATORS, COLOURS, "osD^vPX", strict=False):
+        by_rate = by_method.get(method, {})
+        rates = [rate for rate in sorted(RATES) if str(rate) in by_rate]
+        means = [statistics.mean(by_rate[str(rate)]["score"]) for rate in rates]
+        axes.plot(rates, means, marker=marker, markersize=5, color=colour, label=method)
+        for rate, mean in zip(rates, means, strict=True):
+            values = by_rate[str(rate)]["score"]
+            if len(values) > 1:
+                axes.plot(
+                    [rate, rate], [mean - statistics.stdev(values), mean + statistics.stdev(values)], color=colour
+                )
+    axes.set_xscale("log")
+    axes.set_xlabel("meta learning rate")
+    axes.set_ylabel(f"{METRICS[recipe]} on the test set, percent")
+    axes.set_title(recipe)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def main() -> None:
     """Parse the command line and run the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--output", type=Path, default=Path("runs/study_results"), help="folder of the runs")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, show what there is")
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/estimators_results.png"), help="the picture")
     options = parser.parse_args()
-    run_missing(list(cells(options.output)), options.jobs)
+    runs = list(cells(options.output))
+    if not options.table_only:
+        run_missing(runs, options.jobs)
+    scores = collect(runs)
+    print(markdown(scores))
+    draw(scores, options.figure)
+    report = {**environment(), "scores": scores}
+    (options.output / "results.json").write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
