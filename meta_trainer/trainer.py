@@ -340,20 +340,19 @@ class MetaTrainer(Trainer):
             share = shorten_step(self.meta_parameters, before, train_grads, args.meta_trust_region * objective)
             self._meta_metrics.add(step_share=share)
         rate = self.meta_optimizer.param_groups[0]["lr"]
-        if stepped and self.meta_lr_scheduler is not None:
-            self.meta_lr_scheduler.step()
         skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
         self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
-        if stepped:
-            self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
-        # Blind perturbations change the loss by themselves, and a micro-batch's loss is scaled.
-        comparable = self._base_step_follows and self.args.world_size == self.args.gradient_accumulation_steps == 1
-        if stepped and comparable and not self.args.is_blind:
-            self._last_objective = result.train_losses.mean()
-        else:
+        if not stepped:
             logger.warning(
                 f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."
             )
+            return
+        if self.meta_lr_scheduler is not None:
+            self.meta_lr_scheduler.step()
+        self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
+        # Blind perturbations change the loss by themselves, and a micro-batch's loss is scaled.
+        comparable = self._base_step_follows and args.world_size == args.gradient_accumulation_steps == 1
+        self._last_objective = result.train_losses.mean() if comparable and not args.is_blind else None
 
     def _mean_over_replicas(self, tensor: Tensor) -> Tensor:
         return tensor if self.args.world_size == 1 else reduce(tensor, reduction="mean")

@@ -150,6 +150,13 @@ def test_a_temperature_that_saturates_is_warned_about(tmp_path, messages):
     assert sum("saturated" in message for message in messages) == 1
 
 
+@pytest.mark.parametrize("noise", ["sign", "guided"])
+def test_a_run_without_trouble_warns_about_nothing(tmp_path, messages, monkeypatch, noise):
+    monkeypatch.setattr("meta_trainer.trainer.logger.warning", messages.append)
+    meta_trainer(tmp_path, model=PointClassifier(), noise=noise, temperature="auto").train()
+    assert messages == []
+
+
 @pytest.mark.parametrize("guard", ["ascent", "change"])
 @pytest.mark.parametrize("hypergradient", ["evograd", "t1t2", "finite_difference"])
 def test_a_guard_keeps_the_update_from_raising_the_training_objective(tmp_path, hypergradient, guard):
