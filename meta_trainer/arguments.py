@@ -168,8 +168,10 @@ class MetaTrainingArguments(TrainingArguments):
                 f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
                 f"{self.noise!r}."
             )
-        if self.relative_sigma and self.follows_optimizer:
-            raise ValueError("`relative_sigma` does not go with inner_step='optimizer', which has a scale of its own.")
+        if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):
+            raise ValueError(
+                "`relative_sigma` and `guidance` do not go with inner_step='optimizer', which has a scale of its own."
+            )
 
     @property
     def follows_optimizer(self) -> bool:

@@ -78,7 +78,8 @@ class Diagnostics:
                 f"hypergradients vanish. Raise {remedy}"
             )
         width = means.get("meta/candidate_weight_range", 1.0)
-        if of_evograd and width < FLAT:
+        # In the scale of an inner step, equal weights do no harm: the difference of the losses counts all the same.
+        if of_evograd and width < FLAT and not args.scales_hypergradient:
             self._warn(
                 f"The softmax over candidates is flat: weights differ by {width:.1e} in the mean, so that candidates "
                 f"are not selected and hypergradients are tiny. Lower {remedy}"

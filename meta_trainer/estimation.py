@@ -72,7 +72,8 @@ def _inner_step(
         optimizer = _unwrapped(optimizer)
         # Adam's first step is the sign of the gradient, which has no derivative.
         if any(optimizer.state.get(t) for t in theta):
-            return OptimizerStep(optimizer, theta, args.max_grad_norm or 0.0)
+            # Trainer does not clip to a norm of zero or less.
+            return OptimizerStep(optimizer, theta, max(args.max_grad_norm or 0.0, 0.0))
     return GradientDescent(args.learning_rate) if args.scales_hypergradient else None
 
 

@@ -299,6 +299,7 @@ class MetaTrainer(Trainer):
             state=list(model.buffers()),
             intermediates=self._shared_forward.intermediates,
             mean=self._mean_over_replicas,
+            writes_theta=any(getattr(module, "max_norm", None) is not None for module in model.modules()),
             with_train_grads=self.args.needs_train_grads,
             loss_scale=self.meta_scaler.scale(torch.ones((), device=self.args.device))
             if self.meta_scaler.is_enabled()

@@ -119,4 +119,5 @@ def test_a_trouble_is_warned_about_once_with_the_remedy(tmp_path, messages, name
 def test_weights_that_are_equal_by_definition_are_no_trouble(tmp_path, messages):
     diagnostics(tmp_path, hypergradient="finite_difference").check({**FINE, "meta/candidate_weight_range": 0.0})
     diagnostics(tmp_path, hypergradient="t1t2").check({**FINE, "meta/max_candidate_weight": 1.0})
+    diagnostics(tmp_path, noise="guided").check({**FINE, "meta/candidate_weight_range": 1e-5})
     assert messages == []

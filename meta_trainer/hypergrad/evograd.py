@@ -65,15 +65,15 @@ def evograd(
         problem: The bilevel problem.
         num_candidates: K, at least 2.
         sigma: Standard deviation of the perturbations, in units of the parameters; by default 1e-3, the paper's. For
-            ``"guided"`` noise by default what changes the validation loss by a thousandth, to first order: the losses
-            are far more curved along a gradient.
+            ``"guided"`` noise by default what changes the validation loss by a thousandth, to first order, between
+            1e-6 and 1e-2: the losses are far more curved along a gradient.
         temperature: :math:`\tau > 0`, in units of the training loss; small values select the best candidate. ``"auto"``
             is the standard deviation of the candidates' losses: selection is neither blind nor absolute.
         noise: ``"sign"`` (:math:`\pm\sigma`), ``"normal"``, ``"optimizer"``, ``"guided"``, or a function
             ``(k, theta) -> list of tensors`` whose :math:`\epsilon_k` is used as it is.
         seed: Seed of the perturbations; the global random state is not touched.
         antithetic: Candidates come in pairs of opposite perturbations.
-        orthogonal: No two perturbations of different directions share a component; for noise of signs.
+        orthogonal: No two perturbations of different directions share a component, before any scaling; for signs.
         include_unperturbed: The first candidate is theta itself.
         relative_sigma: `sigma` is in units of each tensor's root mean square; that of all theta for a tensor of zeros.
         guidance: For ``"guided"``: share of the variance along the known direction, in (0, 1]; signs have the rest.
@@ -82,7 +82,7 @@ def evograd(
 
     Returns:
         The hypergradient, with K `train_losses`, `weights` and `scores`. With ``"guided"`` noise, `val_loss` is that
-        before the inner step.
+        where the validation gradient was taken.
 
     Raises:
         ValueError: If a setting is out of range or does not go with another, or a loss is not a scalar.
@@ -94,7 +94,7 @@ def evograd(
     """
     layout = Layout(antithetic, orthogonal, include_unperturbed)
     check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance, relative_sigma)
-    _check_inner_step(noise, relative_sigma, inner_step)
+    _check_inner_step(noise, relative_sigma, guidance, inner_step)
     length: float | Tensor = DEFAULT_SIGMA if sigma is None else sigma
     with Sandbox(problem) as sandbox:
         shape = Shape(problem.theta, noise, relative_sigma, inner_step)
@@ -118,7 +118,10 @@ def evograd(
             scores = perturbations.scores(validation.theta_grad)
         scores = problem.mean(scores.to(losses))  # [K]
 
-        factor = 1.0 if shape.rate is None else shape.rate * tau / length**2
+        factor: float | Tensor = 1.0
+        if shape.rate is not None:
+            factor = shape.rate * tau / (length**2 * perturbations.variance(weights))
+        change = (weights - 1 / num_candidates) @ scores * factor + sandbox.slope(validation.theta_grad, shape.drift)
         total = sandbox.hypergradient(validation.direct, loss_cotangents(losses, scores, tau) * factor, meta_grads)
         train_grads = sandbox.train_grads(meta_grads)
     return Hypergradient(
@@ -127,7 +130,7 @@ def evograd(
         train_losses=losses,
         weights=weights,
         scores=scores,
-        val_loss_change=(weights - 1 / num_candidates) @ scores * factor,
+        val_loss_change=change,
         train_grads=train_grads,
     )
 
@@ -230,7 +233,7 @@ def check_evograd_settings(
         raise ValueError("`include_unperturbed` does not go with a function as `noise`: let it return zeros for k = 0.")
 
 
-def _check_inner_step(noise: Noise, relative_sigma: bool, inner_step: InnerStep | None) -> None:
+def _check_inner_step(noise: Noise, relative_sigma: bool, guidance: float, inner_step: InnerStep | None) -> None:
     if noise == "optimizer" and inner_step is None:
         raise ValueError("noise='optimizer' needs an `inner_step`, whose learning rates shape it.")
     if noise == "optimizer" and relative_sigma:
@@ -241,7 +244,7 @@ def _check_inner_step(noise: Noise, relative_sigma: bool, inner_step: InnerStep 
         )
     if inner_step is None or inner_step.noise_variances() is None:
         return
-    if relative_sigma:
-        raise ValueError("`relative_sigma` does not go with an `inner_step` that has rates of its own.")
+    if relative_sigma or guidance < 1:
+        raise ValueError("`relative_sigma` and `guidance` do not go with an `inner_step` that has rates of its own.")
     if noise in ("sign", "normal"):
         raise ValueError(f"An `inner_step` with rates of its own needs noise='optimizer' or 'guided', got {noise!r}.")

@@ -33,7 +33,7 @@ def finite_difference(
 
     Returns:
         The hypergradient, with K = 2: the candidates :math:`\theta \pm r d`, equally weighted; `val_loss` is that
-        before the inner step.
+        where the validation gradient was taken.
 
     Raises:
         ValueError: If a setting is not positive and finite or a loss is not a scalar.
@@ -45,7 +45,8 @@ def finite_difference(
         raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
-        validation = sandbox.look_ahead(step.drift())
+        drift = step.drift()
+        validation = sandbox.look_ahead(drift)
         direction = step.precondition(validation.theta_grad)
         blocks = sandbox.blocks
         norm = inner_product(blocks.flatten(direction), blocks.flatten(direction)).sqrt()
@@ -65,6 +66,7 @@ def finite_difference(
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
         train_grads = sandbox.train_grads(meta_grads)
+        drift_change = sandbox.slope(validation.theta_grad, drift)
     train_losses = problem.mean(torch.stack(losses))  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
@@ -72,6 +74,6 @@ def finite_difference(
         train_losses=train_losses,
         weights=torch.full_like(train_losses, 0.5),
         scores=torch.stack([radius, -radius]) * slope,
-        val_loss_change=coefficients.to(train_losses) @ train_losses,
+        val_loss_change=coefficients.to(train_losses) @ train_losses + drift_change.to(train_losses),
         train_grads=train_grads,
     )

@@ -112,6 +112,8 @@ class OptimizerStep:
                 f"The optimizer should hold every tensor of theta, but {missing} of {len(theta)} are not among its "
                 "parameters. Narrow the scope to what is trained."
             )
+        if not max_grad_norm >= 0:
+            raise ValueError(f"`max_grad_norm` should be zero or a positive number, got {max_grad_norm}.")
         rule = _rule_of(type(optimizer))
         self._rules = [rule(t, groups[id(t)], optimizer.state.get(t, {})) for t in theta]
         self._max_grad_norm = max_grad_norm
@@ -149,7 +151,8 @@ class OptimizerStep:
         """Mean of the expected rates, weighted by the expected squared gradients."""
         squares = [rule.expected_square() for rule in self._rules]
         total = torch.stack([square.sum() for square in squares]).sum()
-        return inner_product([rule.expected_rate() for rule in self._rules], squares) / total
+        rates = inner_product([rule.expected_rate() for rule in self._rules], squares)
+        return torch.where(total > 0, rates / total, torch.zeros_like(total))
 
     def _clip(self, gradients: Sequence[Tensor]) -> tuple[Sequence[Tensor], float | Tensor]:
         if not self._max_grad_norm:
@@ -213,9 +216,12 @@ class _AdamRule:
         self._decay, self._coupled_decay = decay * decoupled, decay * (not decoupled)
         zeros = torch.zeros_like(parameter)
         self._mean, self._square = state.get("exp_avg", zeros), state.get("exp_avg_sq", zeros)
-        self._past = torch.as_tensor(state.get("step", 0.0), device=parameter.device)
-        self._correction1 = 1 - self._beta1 ** (self._past + 1)
-        self._correction2 = 1 - self._beta2 ** (self._past + 1)
+        # In single precision, 1 - 0.999^t would lose its digits.
+        past = torch.as_tensor(state.get("step", 0.0), dtype=torch.float64, device=parameter.device)
+        corrections = [1 - self._beta1 ** (past + 1), 1 - self._beta2 ** (past + 1), 1 - self._beta2**past]
+        # A scalar of another type would turn the scalars among the parameters into that type.
+        self._correction1, self._correction2, last = (c.to(parameter.dtype) for c in corrections)
+        self._last_correction2 = torch.where(last > 0, last, torch.ones_like(last))
 
     def displacement(self, gradient: Tensor) -> Tensor:
         mean, root, _ = self._moments(gradient)
@@ -237,8 +243,7 @@ class _AdamRule:
         return torch.where(self._square > 0, rate, torch.zeros_like(rate))
 
     def expected_square(self) -> Tensor:
-        # Before the first step both are zero.
-        return self._square / (1 - self._beta2**self._past).clamp(min=1 - self._beta2)
+        return self._square / self._last_correction2
 
     def zeros(self) -> Tensor:
         return torch.zeros_like(self._parameter)

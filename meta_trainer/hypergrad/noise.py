@@ -176,10 +176,31 @@ class Perturbations(Sequence[Iterator[Tensor]]):
             products.append(torch.stack([torch.dot(part, other) for other in parts]))
         return torch.stack(products).sum(dim=0)
 
+    def variance(self, weights: Tensor) -> Tensor:
+        r"""Expected variance over the candidates, as a share of :math:`\sigma^2` and in each direction.
+
+        Candidates that share a direction or stay in place vary less than independent ones.
+
+        Args:
+            weights: ``[K]``.
+        """
+        share, places = 0.0, [self._layout.place(k) for k in range(len(self))]
+        directed = weights.new_zeros(())
+        if self._guide is not None:
+            share, distances = self._guide.share, weights.new_tensor(self._guide.distances(len(self), self._layout))
+            directed = weights @ distances.square() - (weights @ distances).square()
+        sides = weights.new_tensor([side for _, side in places])
+        directions = torch.tensor([direction for direction, _ in places], device=weights.device)
+        means = weights.new_zeros(len(self)).index_add(0, directions, weights * sides)
+        return share * directed + (1 - share) * (weights @ sides.square() - means.square().sum())
+
     def _random(self, k: int, sigma: float | Tensor) -> Iterator[Tensor]:
         direction, side = self._layout.place(k)
-        # Orthogonal directions are one draw, seen through different rows of a Hadamard matrix.
-        seed = self._seeds[0 if self._layout.orthogonal else direction]
+        seed = self._seeds[direction]
+        if self._layout.orthogonal:
+            # One draw for all, seen through different rows of a Hadamard matrix. As these begin with the same sign,
+            # every direction has another sign of its own: candidates would agree on too many elements without.
+            seed, side = self._seeds[0], side * (1 - 2 * (seed % 2))
         generators = {d: torch.Generator(d).manual_seed(seed) for d in {block.device for block in self.blocks}}
         buffers = _Buffers(self.blocks)
         scales = iter(()) if self._scale is None else self._scale()
@@ -208,7 +229,7 @@ class Perturbations(Sequence[Iterator[Tensor]]):
 
 def check_noise_name(noise: Noise) -> None:
     """Raise ValueError for a name that is not one of :data:`NOISE_NAMES`."""
-    if isinstance(noise, str) and noise not in NOISE_NAMES:
+    if not callable(noise) and noise not in NOISE_NAMES:
         names = ", ".join(repr(name) for name in NOISE_NAMES)
         raise ValueError(f"`noise` should be one of {names} or a function, got {noise!r}.")
 

@@ -36,6 +36,8 @@ class BilevelProblem:
             losses, K scores and the meta-gradients through it.
         loss_scale: Factor on every loss before its backward pass, divided out of the gradient afterwards, against
             underflow in float16; None for no scaling.
+        writes_theta: Whether a forward pass may write into theta, as that of `torch.nn.Embedding(max_norm=...)` does; a
+            copy is then made before the first one.
         with_train_grads: Whether the result is to hold the derivative of the training loss by the meta-parameters.
 
     Raises:
@@ -51,6 +53,7 @@ class BilevelProblem:
     intermediates: Sequence[tuple[Tensor, Tensor]] = ()
     mean: Callable[[Tensor], Tensor] = identity
     loss_scale: Tensor | None = None
+    writes_theta: bool = False
     with_train_grads: bool = False
 
     def __post_init__(self) -> None:

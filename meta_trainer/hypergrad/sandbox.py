@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from meta_trainer.hypergrad.displacement import Displacement, add
-from meta_trainer.hypergrad.flat_blocks import FlatBlocks
+from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
 from meta_trainer.hypergrad.problem import BilevelProblem
 from meta_trainer.hypergrad.random_state import preserved_random_state
 
@@ -63,9 +63,9 @@ class Sandbox:
         """Copy what may change: parameters, state, random numbers, ``requires_grad`` and the grad mode."""
         problem = self.problem
         self._data = [t.data for t in problem.theta]
-        self._versions = [t._version for t in problem.theta]
+        self._versions = self._present_versions()
         # Copied by the first move, so that what comes before it needs no room for the copy.
-        self._origin: list[Tensor] | None = None
+        self._origin = [t.clone() for t in self._data] if problem.writes_theta else None
         self._last_move: tuple[Displacement, Callable[[], Iterable[Tensor]]] | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
@@ -116,12 +116,18 @@ class Sandbox:
         Args:
             displacement: Gives the flat blocks of the displacement, the same at every call.
         """
-        if self._origin is None or self._versions != [t._version for t in self.problem.theta]:
+        if self._origin is None or self._versions != self._present_versions():
             # A forward pass that writes into the parameters (`Embedding(max_norm=...)`) would spoil the way back.
             self.move_to(displacement())
             return
         move = Displacement(self.blocks, self._data, self._origin, displacement())
         self._last_move, self._origin = (move, displacement), None
+
+    def slope(self, vector: Sequence[Tensor], displacement: Sequence[Tensor] | None) -> Tensor:
+        """Inner product over theta; zero for no displacement."""
+        if displacement is None:
+            return torch.zeros((), device=vector[0].device)
+        return inner_product(self.blocks.flatten(vector), self.blocks.flatten(displacement))
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
@@ -229,11 +235,18 @@ class Sandbox:
         self._random_state.restore()
         self._restore_state()
         loss = loss_function()
+        if self._origin is None and self._last_move is None and self._versions != self._present_versions():
+            raise ValueError(
+                f"`{name}` writes into theta, which could not be given back. Set `writes_theta` of the problem."
+            )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
         # Low precision would round the differences between candidates away.
         return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
+
+    def _present_versions(self) -> list[int]:
+        return [t._version for t in self.problem.theta]
 
     def _restore_state(self) -> None:
         with torch.no_grad():

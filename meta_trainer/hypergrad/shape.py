@@ -30,12 +30,13 @@ class Shape:
         self, theta: Sequence[Tensor], noise: Noise, relative_sigma: bool, inner_step: InnerStep | None
     ) -> None:
         self._inner_step = inner_step
+        self._mean_variance = torch.ones(())
         self._variances: Sequence[Tensor] | None = None
         self.rate = None if inner_step is None else inner_step.typical_rate()
         self.drift = None if inner_step is None else inner_step.drift()
         if relative_sigma:
-            self._variances, overall = _mean_squares(theta)
-            self.rate = None if self.rate is None else self.rate / overall
+            self._variances, self._mean_variance = _mean_squares(theta)
+            self.rate = None if self.rate is None else _ratio(torch.as_tensor(self.rate), self._mean_variance)
         elif noise == "optimizer" and inner_step is not None:
             self._variances = inner_step.noise_variances()
 
@@ -57,6 +58,7 @@ class Shape:
             squares = inner_product(blocks.flatten(gradient), blocks.flatten(gradient))
             self.rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
             direction = [_ratio(part, self.rate) for part in direction]
+            self.rate = _ratio(self.rate, self._mean_variance)
         if self._variances is not None:
             direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
         slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))
