@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import Trainer
+from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.hypergrad import (
@@ -19,6 +20,11 @@ from meta_trainer.hypergrad import (
     finite_difference,
     t1t2,
 )
+
+logger = logging.get_logger(__name__)
+
+MIXED_PRECISION_LENGTH = 1e-2
+"""Of a directed perturbation where the passes are of half precision, which does not resolve a shorter one: DARTS'."""
 
 
 def estimate(
@@ -35,12 +41,13 @@ def estimate(
     inner_step = _inner_step(args, optimizer, problem.theta)
     if args.hypergradient == "t1t2":
         return t1t2(problem, inner_step=inner_step)
+    length = MIXED_PRECISION_LENGTH if args.bf16 or args.fp16 else None
     if args.hypergradient == "finite_difference":
-        return finite_difference(problem, inner_step=inner_step)
+        return finite_difference(problem, step_size=length, inner_step=inner_step)
     return evograd(
         problem,
         args.num_candidates,
-        args.sigma,
+        args.sigma or length,
         args.temperature,
         args.noise,
         seed,
@@ -63,6 +70,17 @@ def check_base_optimizer(args: MetaTrainingArguments, optimizer: torch.optim.Opt
     if args.follows_optimizer:
         kind = type(_unwrapped(optimizer)) if optimizer is not None else Trainer.get_optimizer_cls_and_kwargs(args)[0]
         OptimizerStep.check_kind(kind)
+
+
+def check_precision(args: MetaTrainingArguments, theta: Sequence[Tensor]) -> None:
+    """Warn where the parameters themselves are too coarse for a perturbation along a direction."""
+    coarse = {str(t.dtype) for t in theta if t.dtype in (torch.bfloat16, torch.float16)}
+    if coarse and not args.is_blind and args.hypergradient != "t1t2":
+        logger.warning(
+            f"Parameters of {', '.join(sorted(coarse))} round most of a short perturbation away: hypergradients "
+            "along a direction are then noise. Keep the parameters in float32, with bf16=True for the passes, or "
+            "choose noise='sign'."
+        )
 
 
 def _inner_step(

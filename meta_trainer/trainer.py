@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.diagnostics import Diagnostics
-from meta_trainer.estimation import check_base_optimizer, estimate
+from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
 from meta_trainer.frozen import frozen
 from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import (
@@ -119,7 +119,7 @@ class MetaTrainer(Trainer):
         if {id(p) for p in meta_module.parameters()} & {id(p) for p in self.model.parameters()}:
             raise ValueError("The meta module and the model share parameters. Keep the meta module outside the model.")
         meta_module.check_model(self.model)
-        select_parameters(self.model, self.args.perturb)
+        check_precision(self.args, select_parameters(self.model, self.args.perturb))
 
         self.meta_module = meta_module.to(self.args.device)
         self._broadcast_meta_module()

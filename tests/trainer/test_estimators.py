@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import IdentityModule, PointClassifier, Recorder, meta_trainer, points, tiny_bert
+from tiny import HiddenShift, IdentityModule, PointClassifier, Recorder, meta_trainer, points, tiny_bert
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
@@ -26,6 +26,16 @@ class Estimates(Recorder):
             self.exact = (*self.exact, t1t2(problem, inner_step=step))
         else:
             self.exact = (*self.exact, t1t2(problem, lr=self.args.learning_rate))
+        return super()._estimate(problem)
+
+
+class Plain(Recorder):
+    """Estimates every hypergradient a second time, exactly, through gradient descent."""
+
+    exact: tuple = ()
+
+    def _estimate(self, problem):
+        self.exact = (*self.exact, t1t2(problem, lr=self.args.learning_rate))
         return super()._estimate(problem)
 
 
@@ -205,3 +215,21 @@ def test_settings_that_do_not_go_together_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             meta_trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"noise": "guided"}, {"hypergradient": "finite_difference"}])
+def test_directed_estimators_survive_bfloat16_passes(tmp_path, settings):
+    trainer = meta_trainer(tmp_path, HiddenShift(), tiny_bert(), kind=Plain, bf16=True, max_steps=8, **settings)
+    trainer.train()
+    cosines = [
+        float(cosine_similarity(flat(found.grads), flat(exact.grads), dim=0))
+        for found, exact in zip(trainer.results, trainer.exact, strict=True)
+    ]
+    assert sum(cosines) / len(cosines) > 0.9
+
+
+@pytest.mark.parametrize(("settings", "warned"), [({"noise": "guided"}, 1), ({"noise": "sign"}, 0)])
+def test_parameters_too_coarse_for_a_direction_are_warned_about(tmp_path, messages, monkeypatch, settings, warned):
+    monkeypatch.setattr("meta_trainer.estimation.logger.warning", messages.append)
+    meta_trainer(tmp_path, model=PointClassifier().bfloat16(), **settings)
+    assert sum("round most of a short perturbation away" in message for message in messages) == warned
