@@ -24,7 +24,7 @@ from run_grid import Cell, run_missing
 from meta_trainer.recipe import find_recipe
 from meta_trainer.report import COLOURS, environment
 
-RATES = (1e-4, 1e-3, 1e-2, 1e-6, 1e-5)
+RATES = (1e-3, 1e-2, 1e-4, 1e-6, 1e-5)
 """Meta learning rates; those at which something happens come first."""
 
 SEEDS = (1, 2, 3)
@@ -43,6 +43,15 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "T1-T2": {"hypergradient": "t1t2"},
 }
 """Settings of the estimators, by name."""
+
+REMEDIES: dict[str, dict[str, Any]] = {
+    "guided, warm-up": {**GUIDED, "meta_lr_scheduler_type": "constant_with_warmup", "meta_warmup_steps": 0.3},
+    "guided, clipping": {**GUIDED, "meta_max_grad_norm": 1e-7},
+    "guided, every 4th step": {**GUIDED, "meta_every": 4},
+    "guided, trust region": {**GUIDED, "meta_trust_region": 2e-3},
+    "guided, guard against change": {**GUIDED, "meta_guard": "change"},
+}
+"""What might keep an accurate hypergradient from doing harm at the highest rate, one by one."""
 
 SMALL_ENCODER = {
     "model_name_or_path": None,
@@ -89,19 +98,24 @@ def cells(folder: Path) -> Iterator[Cell]:
     for seed in SEEDS:
         for recipe in RECIPES:
             yield _cell(folder, recipe, PLAIN, None, seed)
-    for rates in (RATES[:3], RATES[3:]):
+    for rates in (RATES[:2], RATES[2:3], RATES[3:]):
         for seed in SEEDS:
             for recipe in RECIPES:
                 for estimator in ESTIMATORS:
                     for rate in rates:
                         yield _cell(folder, recipe, estimator, rate, seed)
+                if seed == SEEDS[0] and max(RATES) in rates:
+                    for remedy in REMEDIES:
+                        yield _cell(folder, recipe, remedy, max(rates), seed)
 
 
 def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: int) -> Cell:
     base = yaml.safe_load(find_recipe(RECIPES[recipe]).read_text())
     has_trec = (Path(os.environ.get("META_TRAINER_DATA", "")) / TREC["train_file"]).is_file()
     task = {**QUESTIONS, **(TREC if has_trec else GENERATED)} if recipe == "Meta-Weight-Net" else SENTENCES
-    method = {"meta_module": []} if rate is None else {**ESTIMATORS[estimator], "meta_learning_rate": rate}
+    method = (
+        {"meta_module": []} if rate is None else {**{**ESTIMATORS, **REMEDIES}[estimator], "meta_learning_rate": rate}
+    )
     name = f"{estimator}_{rate:.0e}" if rate is not None else estimator
     path = folder / recipe / name.replace(" ", "_").replace(",", "") / f"seed_{seed}"
     settings = {**base, **task, **method, "seed": seed, "output_dir": str(path)}

@@ -31,8 +31,9 @@ def end(cell, score, changes=()):
 
 def test_every_estimator_runs_at_every_rate_and_seed_in_a_folder_of_its_own(runs):
     recipes, seeds = len(study_results.RECIPES), len(study_results.SEEDS)
-    per_recipe = 1 + len(study_results.ESTIMATORS) * len(study_results.RATES)
-    assert len({run.folder for run in runs}) == len(runs) == recipes * seeds * per_recipe
+    per_seed = 1 + len(study_results.ESTIMATORS) * len(study_results.RATES)
+    expected = recipes * (seeds * per_seed + len(study_results.REMEDIES))
+    assert len({run.folder for run in runs}) == len(runs) == expected
 
 
 def test_every_run_is_a_valid_recipe(runs, tmp_path):
