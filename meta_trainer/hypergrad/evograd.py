@@ -217,7 +217,7 @@ def check_evograd_settings(
     check_noise_name(noise)
     if relative_sigma and (callable(noise) or noise == "optimizer"):
         raise ValueError(
-            f"`relative_sigma` is for random signs and normal noise, but noise={noise!r} has its own scale."
+            f"`relative_sigma` scales signs, normal and guided noise, but noise={noise!r} has a scale of its own."
         )
     if not 0 < guidance <= 1:
         raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance}.")
@@ -236,13 +236,9 @@ def check_evograd_settings(
 def _check_inner_step(noise: Noise, relative_sigma: bool, guidance: float, inner_step: InnerStep | None) -> None:
     if noise == "optimizer" and inner_step is None:
         raise ValueError("noise='optimizer' needs an `inner_step`, whose learning rates shape it.")
-    if noise == "optimizer" and relative_sigma:
-        raise ValueError("`relative_sigma` does not go with noise='optimizer', which has a scale of its own.")
-    if callable(noise) and (relative_sigma or inner_step is not None):
-        raise ValueError(
-            "`relative_sigma` and `inner_step` scale named noise; the tensors of a function stay as they are."
-        )
-    if inner_step is None or inner_step.noise_variances() is None:
+    if callable(noise) and inner_step is not None:
+        raise ValueError("`inner_step` scales named noise; the tensors of a function stay as they are.")
+    if inner_step is None or inner_step.is_uniform:
         return
     if relative_sigma or guidance < 1:
         raise ValueError("`relative_sigma` and `guidance` do not go with an `inner_step` that has rates of its own.")

@@ -20,6 +20,10 @@ from meta_trainer.hypergrad.flat_blocks import inner_product
 class InnerStep(Protocol):
     """What an estimator asks of an inner step; lists of tensors are aligned with theta."""
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all rates are equal and known."""
+
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The update u for `gradients` of the training loss."""
 
@@ -35,8 +39,8 @@ class InnerStep(Protocol):
                 expected to be as large as in the past, and no smaller than those in `vector`.
         """
 
-    def noise_variances(self) -> list[Tensor] | None:
-        """Expected rates, relative to :meth:`typical_rate`; None if all are equal."""
+    def noise_variances(self) -> list[Tensor]:
+        """Expected rates, relative to :meth:`typical_rate`; not asked for where they are uniform."""
 
     def typical_rate(self) -> float | Tensor:
         """Mean of the expected rates, weighted by the expected squared gradients."""
@@ -60,6 +64,11 @@ class GradientDescent:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"`lr` should be a positive, finite number, got {self.lr}.")
 
+    @property
+    def is_uniform(self) -> bool:
+        """They are."""
+        return True
+
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Minus the gradients, times the learning rate."""
         return [gradient * -self.lr for gradient in gradients]
@@ -71,8 +80,9 @@ class GradientDescent:
         """The vector, times the learning rate."""
         return [part * self.lr for part in vector]
 
-    def noise_variances(self) -> None:
-        """All rates are equal."""
+    def noise_variances(self) -> list[Tensor]:
+        """All rates are equal: there is nothing to give."""
+        return []
 
     def typical_rate(self) -> float:
         """The learning rate."""
@@ -117,6 +127,11 @@ class OptimizerStep:
         rule = _rule_of(type(optimizer))
         self._rules = [rule(t, groups[id(t)], optimizer.state.get(t, {})) for t in theta]
         self._max_grad_norm = max_grad_norm
+
+    @property
+    def is_uniform(self) -> bool:
+        """They may differ."""
+        return False
 
     @staticmethod
     def check_kind(kind: type[torch.optim.Optimizer]) -> None:

@@ -32,12 +32,18 @@ class Shape:
         self._inner_step = inner_step
         self._mean_variance = torch.ones(())
         self._variances: Sequence[Tensor] | None = None
-        self.rate = None if inner_step is None else inner_step.typical_rate()
+        self.rate: float | Tensor | None = None
+        if inner_step is not None and noise != "guided":
+            self.rate = inner_step.typical_rate()
         self.drift = None if inner_step is None else inner_step.drift()
         if relative_sigma:
             self._variances, self._mean_variance = _mean_squares(theta)
-            self.rate = None if self.rate is None else _ratio(torch.as_tensor(self.rate), self._mean_variance)
-        elif noise == "optimizer" and inner_step is not None:
+            self.rate = (
+                None
+                if self.rate is None
+                else _ratio(torch.as_tensor(self.rate).to(self._mean_variance), self._mean_variance)
+            )
+        elif noise == "optimizer" and inner_step is not None and not inner_step.is_uniform:
             self._variances = inner_step.noise_variances()
 
     def scale(self, blocks: FlatBlocks) -> Callable[[], Iterator[Tensor]] | None:
@@ -56,9 +62,9 @@ class Shape:
         if self._inner_step is not None:
             direction = self._inner_step.precondition(gradient)
             squares = inner_product(blocks.flatten(gradient), blocks.flatten(gradient))
-            self.rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
-            direction = [_ratio(part, self.rate) for part in direction]
-            self.rate = _ratio(self.rate, self._mean_variance)
+            rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
+            direction = [_ratio(part, rate) for part in direction]
+            self.rate = _ratio(rate, self._mean_variance.to(rate))
         if self._variances is not None:
             direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
         slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))

@@ -206,7 +206,7 @@ def test_a_trust_region_limits_what_an_update_does_to_the_training_objective(tmp
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
     for settings, message in (
         ({"inner_step": "optimizer"}, "needs noise='optimizer' or 'guided' with hypergradient='evograd', got 'sign'"),
-        ({"noise": "optimizer", "relative_sigma": True}, "`relative_sigma` .*noise='optimizer' has its own scale"),
+        ({"noise": "optimizer", "relative_sigma": True}, "`relative_sigma` .*noise='optimizer' has a scale of its own"),
         ({"noise": "guided", "learning_rate": 0}, "`learning_rate` should be a positive number .*noise='guided'"),
         ({"temperature": "cold"}, "`temperature` should be a positive number or 'auto', got 'cold'"),
         ({"guidance": 0.5}, "`guidance` is the share .*but `noise` is 'sign'"),
