@@ -38,11 +38,8 @@ class Shape:
         self.drift = None if inner_step is None else inner_step.drift()
         if relative_sigma:
             self._variances, self._mean_variance = _mean_squares(theta)
-            self.rate = (
-                None
-                if self.rate is None
-                else _ratio(torch.as_tensor(self.rate).to(self._mean_variance), self._mean_variance)
-            )
+            if self.rate is not None:
+                self.rate = _ratio(torch.full_like(self._mean_variance, float(self.rate)), self._mean_variance)
         elif noise == "optimizer" and inner_step is not None and not inner_step.is_uniform:
             self._variances = inner_step.noise_variances()
 

@@ -76,7 +76,7 @@ AT_ODDS = [
     ({"noise": "normal", "orthogonal": True}, "`orthogonal` is a layout of random signs: choose noise='sign'"),
     ({"noise": zeros, "include_unperturbed": True}, "`include_unperturbed` does not go with a function as `noise`"),
     ({"noise": zeros, "relative_sigma": True}, "`relative_sigma` .* noise=<function zeros"),
-    ({"noise": "optimizer", "relative_sigma": True}, "`relative_sigma` .* noise='optimizer' has its own scale"),
+    ({"noise": "optimizer", "relative_sigma": True}, "`relative_sigma` .* noise='optimizer' has a scale of its own"),
 ]
 
 
@@ -110,7 +110,7 @@ def test_settings_can_be_checked_without_a_problem(settings, message):
         ({"noise": "optimizer"}, "noise='optimizer' needs an `inner_step`, whose learning rates shape it"),
         (
             {"noise": zeros, "inner_step": GradientDescent(0.1)},
-            "scale named noise; the tensors of a function stay as they are",
+            "`inner_step` scales named noise; the tensors of a function stay",
         ),
     ],
 )
