@@ -68,9 +68,14 @@ def test_two_processes_share_forward_passes_with_the_same_result(tmp_path):
             torch.testing.assert_close(torch.tensor(shared[key][name]), torch.tensor(values))
 
 
-@pytest.mark.parametrize("hypergradient", ["evograd", "finite_difference"])
-def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, hypergradient):
-    first, second = train_in_two_processes(tmp_path, hypergradient=hypergradient)
+GUIDED = {"noise": "guided", "inner_step": "optimizer", "meta_guard": "change", "meta_trust_region": 1e-3}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"hypergradient": "finite_difference"}, GUIDED], ids=["evograd", "fd", "guided"]
+)
+def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, settings):
+    first, second = train_in_two_processes(tmp_path, **settings)
     assert first["lambda"] == second["lambda"]
     assert first["theta"] == second["theta"]
     assert all(torch.tensor(values).isfinite().all() for values in first["lambda"].values())
