@@ -32,7 +32,7 @@ from meta_trainer.meta_metrics import MetaMetrics
 from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
-from meta_trainer.modules.meta_module import REFERENCE_LOSSES
+from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
 from meta_trainer.overlap import overlap
 from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
 from meta_trainer.scope import select_parameters
@@ -369,7 +369,7 @@ class MetaTrainer(Trainer):
         if self._reference is None:
             return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         batch = self.meta_module.transform_batch(inputs)
-        with self.meta_module.attach(self.accelerator.unwrap_model(model), batch):
+        with self.meta_module.attach(self.accelerator.unwrap_model(model), {**batch, REFERENCES: self._reference}):
             if not self.meta_module.has_loss_door:
                 return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
             losses, outputs = self._per_example_losses(model, batch)

@@ -16,6 +16,7 @@ Batch = dict[str, Any]
 """A collated batch: column name to tensor."""
 
 REFERENCE_LOSSES = "reference_losses"
+REFERENCES = "references"
 """Batch key under which the loss door finds per-example losses that are the same for all candidates."""
 
 _DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
@@ -73,7 +74,12 @@ class MetaModule(
 
     @contextmanager
     def attach(self, model: nn.Module, batch: Batch) -> Iterator[None]:
-        """Door 2: hooks on `model` that live for one forward pass and are gone afterwards, also after an exception."""
+        """Door 2: hooks on `model` that live for one forward pass and are gone afterwards, also after an exception.
+
+        What a hook reads through ``detach`` is no function of the model's parameters to the base step, but differs from
+        candidate to candidate. A module that wants the same for all keeps that of the first in
+        ``batch["references"]``, a dictionary that all evaluations of a batch within a meta step share.
+        """
         yield
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from meta_trainer.modules.meta_module import Batch, MetaModule
+from meta_trainer.modules.meta_module import REFERENCES, Batch, MetaModule
 
 SOURCE_COLUMN = "is_source"
 """Batch column, boolean ``[B]``: whether an example is of the source language."""
@@ -24,7 +24,8 @@ class RepresentationTransform(MetaModule):
     After layer :math:`l`, the hidden state of a source example becomes
     :math:`h + \alpha_l\,\mathrm{RTN}_l(\mathrm{stop}(h))` with :math:`\alpha = softmax` over the transformed layers (1
     for a single one). Target examples pass unchanged. The network is a bottleneck of two linear layers whose last
-    channel is a sigmoid gate on all the others.
+    channel is a sigmoid gate on all the others. It reads the same :math:`h` for every candidate of a meta step: as the
+    base step does not differentiate through it, the inner step must not either.
 
     Args:
         hidden_size: Size of the hidden states.
@@ -71,9 +72,10 @@ class RepresentationTransform(MetaModule):
             )
         is_source = batch[SOURCE_COLUMN].bool()[:, None, None]  # [B, 1, 1]
         alphas = torch.softmax(self.layer_logits, dim=0)  # [L]
+        references = batch.get(REFERENCES, {})
         with ExitStack() as stack:
             for layer, network, alpha in zip(self.layers, self.networks, alphas, strict=True):
-                hook = _residual_hook(network, alpha, is_source)
+                hook = _residual_hook(network, alpha, is_source, references)
                 stack.callback(find_layer(model, layer).register_forward_hook(hook).remove)
             yield
 
@@ -136,11 +138,14 @@ def _block_lists(model: nn.Module) -> list[str]:
     return [f"{name}.0..{len(m) - 1}" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
 
 
-def _residual_hook(network: nn.Module, alpha: Tensor, is_source: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
+def _residual_hook(
+    network: nn.Module, alpha: Tensor, is_source: Tensor, references: dict[Any, Tensor]
+) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
         weight = next(network.parameters())
-        residual = network(hidden.detach().to(weight.dtype), alpha)
+        read = references.setdefault(network, hidden.detach())
+        residual = network(read.to(weight.dtype), alpha)
         transformed = torch.where(is_source, hidden + residual.to(hidden.dtype), hidden)
         return (transformed, *output[1:]) if isinstance(output, tuple) else transformed
 

@@ -2,11 +2,21 @@
 
 import pytest
 import torch
-from tiny import HiddenShift, IdentityModule, PointClassifier, Recorder, meta_trainer, points, tiny_bert
+from tiny import (
+    NUM_TRAIN,
+    HiddenShift,
+    IdentityModule,
+    PointClassifier,
+    Recorder,
+    meta_trainer,
+    points,
+    sentences,
+    tiny_bert,
+)
 from torch import nn
 from torch.nn.functional import cosine_similarity
 
-from meta_trainer import MetaModule, MetaWeightNet
+from meta_trainer import MetaModule, MetaWeightNet, RepresentationTransform
 from meta_trainer.hypergrad import OptimizerStep, t1t2
 
 
@@ -233,3 +243,32 @@ def test_parameters_too_coarse_for_a_direction_are_warned_about(tmp_path, messag
     monkeypatch.setattr("meta_trainer.estimation.logger.warning", messages.append)
     meta_trainer(tmp_path, model=PointClassifier().bfloat16(), **settings)
     assert sum("round most of a short perturbation away" in message for message in messages) == warned
+
+
+@pytest.mark.parametrize("settings", [{"noise": "guided"}, {"hypergradient": "finite_difference"}])
+def test_a_transformation_reads_the_same_states_for_all_candidates_as_the_base_step_takes_them_for_given(
+    tmp_path, settings
+):
+    torch.manual_seed(0)
+    transform = RepresentationTransform(hidden_size=8, bottleneck_size=4)
+    for parameter in transform.parameters():
+        parameter.data.mul_(6)
+    trainer = meta_trainer(
+        tmp_path,
+        transform,
+        tiny_bert(),
+        kind=Plain,
+        keywords={"train_dataset": with_source(sentences(NUM_TRAIN, 1)), "meta_dataset": with_source(sentences(8, 2))},
+        max_steps=6,
+        **settings,
+    )
+    trainer.train()
+    cosines = [
+        float(cosine_similarity(flat(found.grads), flat(exact.grads), dim=0))
+        for found, exact in zip(trainer.results, trainer.exact, strict=True)
+    ]
+    assert min(cosines) > 0.999
+
+
+def with_source(examples):
+    return [{**example, "is_source": torch.tensor(True)} for example in examples]
