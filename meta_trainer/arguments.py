@@ -99,18 +99,19 @@ class MetaTrainingArguments(TrainingArguments):
     meta_max_grad_norm: float = field(
         default=1.0, metadata={"help": "Norm to which the hypergradient is clipped; 0 for no clipping."}
     )
-    meta_guard: str = field(
-        default="none",
+    meta_guard: str | None = field(
+        default=None,
         metadata={
             "help": "What to take out of the hypergradient, as a single inner step rewards it and training does not: "
-            "'ascent', what raises the training objective; 'change', what raises or lowers it; 'none'."
+            "'ascent', what raises the training objective; 'change', what raises or lowers it, the default with "
+            "noise=guided; 'none', the default otherwise."
         },
     )
-    meta_trust_region: float = field(
-        default=0.0,
+    meta_trust_region: float | None = field(
+        default=None,
         metadata={
             "help": "Largest relative change of the training objective by one update of the meta module, to first "
-            "order; longer steps are shortened. 0 for no limit."
+            "order; longer steps are shortened. 0 for no limit; by default 0.002 with noise=guided, 0 otherwise."
         },
     )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
@@ -119,13 +120,22 @@ class MetaTrainingArguments(TrainingArguments):
         """Check the meta settings, then those of `TrainingArguments`."""
         if isinstance(self.perturb, str):
             self.perturb = [self.perturb]
-        if self.sigma is None and self.noise != "guided":
-            self.sigma = DEFAULT_SIGMA
+        self._choose_defaults()
         if isinstance(self.temperature, str) and self.temperature != AUTO:
             self.temperature = _number("temperature", self.temperature)
         self._check_names()
         self._check_ranges()
         super().__post_init__()
+
+    def _choose_defaults(self) -> None:
+        guided = self.hypergradient == "evograd" and self.noise == "guided"
+        if self.sigma is None and self.noise != "guided":
+            self.sigma = DEFAULT_SIGMA
+        # Steps along precise hypergradients add up, also those that only a single inner step is better for.
+        if self.meta_guard is None:
+            self.meta_guard = "change" if guided else "none"
+        if self.meta_trust_region is None:
+            self.meta_trust_region = 2e-3 if guided else 0.0
 
     def _check_names(self) -> None:
         for name, value, known in (
@@ -182,7 +192,7 @@ class MetaTrainingArguments(TrainingArguments):
     @property
     def needs_train_grads(self) -> bool:
         """Whether the update of the meta module looks at the training objective."""
-        return self.meta_guard != "none" or self.meta_trust_region > 0
+        return self.meta_guard != "none" or bool(self.meta_trust_region)
 
     @property
     def is_blind(self) -> bool:

@@ -42,12 +42,13 @@ _IF_SET = (
     "meta_guard",
     "meta_trust_region",
 )
+_UNSET = (False, 0.0, "none", "sgd")
 
 
 def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainingArguments) -> None:
     """Append what was meta-learned, and how, to the model card at `card_file`."""
     card = ModelCard.load(card_file, ignore_metadata_errors=True)
-    changed = [name for name in _IF_SET if getattr(args, name) != type(args).__dataclass_fields__[name].default]
+    changed = [name for name in _IF_SET if getattr(args, name) not in _UNSET]
     settings = ("hypergradient", *_BY_ESTIMATOR.get(args.hypergradient, ()), *changed, *_COMMON)
     members = list(meta_module) if isinstance(meta_module, MetaModuleList) else [meta_module]
     card.text = (

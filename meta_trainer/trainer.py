@@ -332,13 +332,14 @@ class MetaTrainer(Trainer):
         train_grads = [self._mean_over_replicas(grad) for grad in result.train_grads]
         if args.meta_guard != "none":
             grads = guarded(grads, train_grads, ascent_only=args.meta_guard == "ascent")
-        before = [p.detach().clone() for p in self.meta_parameters] if args.meta_trust_region else []
+        radius = args.meta_trust_region
+        before = [p.detach().clone() for p in self.meta_parameters] if radius else []
         norm, stepped = apply_hypergradient(
             self.meta_parameters, grads, self.meta_optimizer, self.meta_scaler, args.meta_max_grad_norm
         )
-        if stepped and before:
+        if stepped and radius:
             objective = result.train_losses.mean()
-            share = shorten_step(self.meta_parameters, before, train_grads, args.meta_trust_region * objective)
+            share = shorten_step(self.meta_parameters, before, train_grads, objective * radius)
             self._meta_metrics.add(step_share=share)
         rate = self.meta_optimizer.param_groups[0]["lr"]
         skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)

@@ -201,10 +201,10 @@ def test_a_guard_keeps_the_update_from_raising_the_training_objective(tmp_path, 
 
 
 def test_a_trust_region_limits_what_an_update_does_to_the_training_objective(tmp_path):
-    settings = {"model": PointClassifier(), "noise": "guided", "meta_learning_rate": 0.3, "logging_steps": 1}
-    free = meta_trainer(tmp_path, MetaWeightNet(4), **settings)
+    settings = {"noise": "guided", "meta_learning_rate": 0.3, "meta_guard": "none", "logging_steps": 1}
+    free = meta_trainer(tmp_path, MetaWeightNet(4), PointClassifier(), meta_trust_region=0, **settings)
     free.train()
-    bound = meta_trainer(tmp_path, MetaWeightNet(4), **{**settings, "model": PointClassifier()}, meta_trust_region=1e-3)
+    bound = meta_trainer(tmp_path, MetaWeightNet(4), PointClassifier(), meta_trust_region=1e-3, **settings)
     bound.train()
 
     changes = [[log["meta/objective_change"] for log in t.state.log_history if "loss" in log] for t in (free, bound)]
