@@ -36,7 +36,7 @@ LABEL_PLACES = [
 ]
 """Where a label may stand beside its point, in points, best first."""
 
-COLOUR_OF = dict(zip((method.name for method in METHODS), (COLOURS[-1], *COLOURS), strict=False))
+COLOUR_OF = dict(zip((method.name for method in METHODS), (COLOURS[-1], *COLOURS[:-1], "#7F7F7F"), strict=True))
 """Of each method, in every picture; black for the plain step."""
 
 

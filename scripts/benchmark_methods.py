@@ -114,7 +114,7 @@ def literal_evograd(
         temperature: Of the softmax.
 
     Returns:
-        The hypergradient; its scores, which this way does not compute, are nan.
+        The hypergradient; scores and what follows from them, which this way does not compute, are nan.
     """
     candidates = [
         {name: tensor.detach() + e for (name, tensor), e in zip(theta.items(), epsilon, strict=True)}
@@ -134,6 +134,7 @@ def literal_evograd(
         train_losses=losses.detach(),
         weights=weights.detach(),
         scores=torch.full_like(losses.detach(), torch.nan),
+        val_loss_change=torch.full_like(loss.detach(), torch.nan),
     )
 
 
@@ -196,6 +197,7 @@ EVOGRAD = Method("evograd")
 EVOGRAD_HEAD = Method("evograd head", {"perturb": "head"})
 FINITE_DIFFERENCE = Method("finite difference", {"hypergradient": "finite_difference"})
 T1T2 = Method("t1t2", {"hypergradient": "t1t2"})
+GUIDED = Method("evograd guided", {"noise": "guided"})
 
 METHODS = (
     PLAIN,
@@ -205,6 +207,7 @@ METHODS = (
     Method("evograd head, meta_every=4", {"perturb": "head", "meta_every": 4}),
     FINITE_DIFFERENCE,
     T1T2,
+    GUIDED,
 )
 
 
