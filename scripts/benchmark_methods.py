@@ -152,9 +152,9 @@ class LiteralMetaTrainer(MetaTrainer):
         # The model does not know the module's columns, and the doors are shut.
         meta_batch = {key: value for key, value in meta_batch.items() if key not in self.meta_module.batch_columns}
         theta = {name: p for name, p in base_model.named_parameters() if p.requires_grad}
+        sigma, temperature = float(self.args.sigma or 0.0), float(self.args.temperature or 0.0)
         epsilons = [
-            [self.args.sigma * torch.sign(torch.randn_like(p)) for p in theta.values()]
-            for _ in range(self.args.num_candidates)
+            [sigma * torch.sign(torch.randn_like(p)) for p in theta.values()] for _ in range(self.args.num_candidates)
         ]
         with self.compute_loss_context_manager():
             result = literal_evograd(
@@ -163,7 +163,7 @@ class LiteralMetaTrainer(MetaTrainer):
                 theta,
                 self.meta_parameters,
                 epsilons,
-                self.args.temperature,
+                temperature,
             )
         self.meta_optimizer.zero_grad()
         for parameter, grad in zip(self.meta_parameters, result.grads, strict=True):
