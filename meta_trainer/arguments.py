@@ -103,15 +103,15 @@ class MetaTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "What to take out of the hypergradient, as a single inner step rewards it and training does not: "
-            "'ascent', what raises the training objective; 'change', what raises or lowers it, the default with "
-            "noise=guided; 'none', the default otherwise."
+            "'ascent', what raises the training objective, the default with noise=guided; 'change', what raises or "
+            "lowers it; 'none', the default otherwise."
         },
     )
-    meta_trust_region: float | None = field(
-        default=None,
+    meta_trust_region: float = field(
+        default=0.0,
         metadata={
             "help": "Largest relative change of the training objective by one update of the meta module, to first "
-            "order; longer steps are shortened. 0 for no limit; by default 0.002 with noise=guided, 0 otherwise."
+            "order; longer steps are shortened. 0 for no limit."
         },
     )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
@@ -133,9 +133,7 @@ class MetaTrainingArguments(TrainingArguments):
             self.sigma = DEFAULT_SIGMA
         # Steps along precise hypergradients add up, also those that only a single inner step is better for.
         if self.meta_guard is None:
-            self.meta_guard = "change" if guided else "none"
-        if self.meta_trust_region is None:
-            self.meta_trust_region = 2e-3 if guided else 0.0
+            self.meta_guard = "ascent" if guided else "none"
 
     def _check_names(self) -> None:
         for name, value, known in (

@@ -32,8 +32,7 @@ PLAIN = "plain training"
 
 PAPER = {"hypergradient": "evograd", "noise": "sign", "sigma": 1.0e-3, "temperature": 0.05}
 EIGHT = {"num_candidates": 8, "antithetic": True, "orthogonal": True, "temperature": "auto"}
-UNGUARDED = {"meta_guard": "none", "meta_trust_region": 0.0}
-GUIDED = {"hypergradient": "evograd", "noise": "guided", "sigma": None, **UNGUARDED}
+GUIDED = {"hypergradient": "evograd", "noise": "guided", "sigma": None, "meta_guard": "none"}
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "EvoGrad, K=2": PAPER,
     "EvoGrad, K=8, antithetic, orthogonal": {**PAPER, **EIGHT},
