@@ -71,12 +71,14 @@ class Guide:
     r"""A known direction for the candidates.
 
     Attributes:
-        direction: Flat blocks at each call, of the length of a perturbation for :math:`\sigma = 1`.
-        slope: Of the validation loss along such a perturbation.
+        direction: Flat blocks at each call.
+        factor: What makes the direction a perturbation for :math:`\sigma = 1`.
+        slope: Of the validation loss along that perturbation.
         share: Of the variance along it, in (0, 1]; random directions have the rest.
     """
 
     direction: Callable[[], Iterator[Tensor]]
+    factor: Tensor
     slope: Tensor
     share: float = 1.0
 
@@ -170,7 +172,10 @@ class Perturbations(Sequence[Iterator[Tensor]]):
             yield total
 
     def scores(self, vector: Sequence[Tensor]) -> Tensor:
-        """Inner products ``[K]`` of the perturbations with a vector that is aligned with theta."""
+        """Inner products ``[K]`` of the perturbations with the gradient that guides them, aligned with theta."""
+        if self._guide is not None and self._guide.share == 1:
+            distances = self._guide.slope.new_tensor(self._guide.distances(len(self), self._layout))
+            return self._guide.slope * distances * self._sigma
         products = []
         for part, *parts in zip(self.blocks.flatten(vector), *self, strict=True):
             products.append(torch.stack([torch.dot(part, other) for other in parts]))
@@ -219,7 +224,7 @@ class Perturbations(Sequence[Iterator[Tensor]]):
             yield out
 
     def _guided(self, k: int, guide: Guide) -> Iterator[Tensor]:
-        distance = guide.distances(len(self), self._layout)[k] * self._sigma * guide.share**0.5
+        distance = guide.factor * (guide.distances(len(self), self._layout)[k] * self._sigma * guide.share**0.5)
         buffers = _Buffers(self.blocks)
         random = iter(()) if guide.share == 1 else self._random(k, self._sigma * (1 - guide.share) ** 0.5)
         for block, direction in zip(self.blocks, guide.direction(), strict=True):

@@ -56,7 +56,11 @@ class Shape:
     def guide(self, blocks: FlatBlocks, gradient: Sequence[Tensor], share: float) -> Guide:
         r"""The direction :math:`D g / \sqrt{g^T D g}`."""
         direction: Sequence[Tensor] = gradient
-        if self._inner_step is not None:
+        if self._inner_step is not None and self._inner_step.is_uniform:
+            dtype = torch.promote_types(gradient[0].dtype, torch.float32)
+            rate = torch.as_tensor(self._inner_step.typical_rate(), dtype=dtype, device=gradient[0].device)
+            self.rate = _ratio(rate, self._mean_variance.to(rate))
+        elif self._inner_step is not None:
             direction = self._inner_step.precondition(gradient)
             squares = inner_product(blocks.flatten(gradient), blocks.flatten(gradient))
             rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
@@ -66,7 +70,7 @@ class Shape:
             direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
         slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))
         factor = _ratio(torch.ones_like(slope), slope.sqrt())
-        return Guide(lambda: (block * factor for block in blocks.flatten(direction)), slope.sqrt(), share)
+        return Guide(lambda: blocks.flatten(direction), factor, slope.sqrt(), share)
 
 
 def _mean_squares(theta: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
