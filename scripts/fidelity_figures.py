@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 from fidelity_measures import Number, Row, Study
 from fidelity_problems import EXAMPLES, NETWORK
-from fidelity_settings import GUIDED_SIGMA, SIGN_SIGMA
+from fidelity_settings import SIGN_SIGMA
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullLocator
@@ -44,7 +45,9 @@ SERIES = {
 }
 """Lines of the picture of sigma: label, then group, beginning of the settings' names, style and colour."""
 
-DEFAULTS = {"guided": GUIDED_SIGMA, "sign": SIGN_SIGMA}
+AUTOMATIC, MEASURED = "guided, sigma=automatic", 1e-4
+"""Guided noise of the default's length, and of the length beside which that is measured."""
+
 LABEL_PLACES = [
     ((dx, dy), alignment)
     for dy in (0, 13, -13, 26, -26, 39, -39)
@@ -96,11 +99,11 @@ def _module(row: Row) -> str:
 
 
 def _subjects(study: Study) -> TextTable:
-    headings = ("model", "scope", "θ", "λ", "dim λ", "effective dim", "batches", "train loss", "meta loss")
+    headings = ("model", "scope", "θ", "λ", "dim λ", "effective dim", "agreement", "batches", "train loss", "meta loss")
     rows = [
         (
             s.size, s.scope, f"{s.theta:,}", s.meta_params, f"{s.num_meta_params:,}", f"{s.effective_dimension:.1f}",
-            str(s.batches), f"{s.train_loss:.2f}", f"{s.val_loss:.2f}",
+            f"{s.agreement:.2f}", str(s.batches), f"{s.train_loss:.2f}", f"{s.val_loss:.2f}",
         )
         for s in study.subjects
     ]  # fmt: skip
@@ -127,13 +130,19 @@ def _group(title: str, rows: Sequence[Row]) -> TextTable:
     headings = ["setting", "passes"]
     for kind in kinds:
         name = SHORT.get(kind, "")
-        headings += [f"cosine{name}", f"of the mean{name}", f"right signs{name}"]
+        headings += [f"cosine{name}", *([f"of the mean{name}"] if kind != EXAMPLES else []), f"right signs{name}"]
     cells = []
     for setting in dict.fromkeys(row.setting for row in rows):
         own = [row for row in rows if row.setting == setting]
-        numbers = [n for row in own for n in (_long(row.cosine), _long(row.cosine_of_mean), _short(row.right_signs))]
+        numbers = [number for row in own for number in _numbers(row)]
         cells.append((setting, str(own[0].passes), *numbers, f"{own[0].largest_weight[0]:.3f}"))
     return TextTable(title, (*headings, "largest weight"), cells)
+
+
+def _numbers(row: Row) -> list[str]:
+    # In another batch, the i-th weight is that of another example.
+    of_mean = [_short(row.cosine_of_mean)] if row.meta_params != EXAMPLES else []
+    return [_long(row.cosine), *of_mean, _short(row.right_signs)]
 
 
 def _spreads(study: Study) -> TextTable:
@@ -205,6 +214,7 @@ def _draw_costs(rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
             lines[-1].draw("D-" if label == "finite difference" else "o-", 7)
     for axes in panels[-1]:
         axes.set_xlabel("cost, in passes over a batch (a base step: 3)", fontsize=12)
+    figure.suptitle("Bars: standard errors. Grey: the Pareto front.", fontsize=12)
     _label(figure, lines)
     return figure
 
@@ -226,20 +236,28 @@ def _draw_sigmas(rows: Sequence[Row], sizes: Sequence[str]) -> Figure:
         axes.set_xscale("log")
         axes.set_xlim(5e-7, 1.0)
         for label, (group, beginning, style, colour) in SERIES.items():
-            own = {
-                row.value: row.cosine
-                for row in of_panel
-                if row.group == group and row.value is not None and row.setting.startswith(f"{beginning}, sigma=")
-            }
-            if own:
-                lines.append(Line(axes, label, colour, list(own), list(own.values())))
+            own = [r for r in of_panel if r.group == group and r.setting.startswith(f"{beginning}, sigma=")]
+            values = {row.value: row.cosine for row in own if row.value is not None}
+            if values:
+                lines.append(Line(axes, label, colour, list(values), list(values.values())))
                 lines[-1].draw(f"o{style}", 4)
-                default = DEFAULTS[beginning.split(",")[0]]
-                axes.plot(default, own[default][0], "o", color=colour, markersize=10)
+                axes.plot(*_default(own), "o", color=colour, markersize=10)
     for axes in panels[-1]:
         axes.set_xlabel("sigma (large point: the default)", fontsize=12)
+    figure.suptitle("Bars: standard errors.", fontsize=12)
     _label(figure, lines)
     return figure
+
+
+def _default(rows: Sequence[Row]) -> tuple[float, float]:
+    """Sigma and cosine of the default among the rows of a series; that of guided noise is the median of its lengths."""
+    by_name = {row.setting: row for row in rows}
+    if AUTOMATIC not in by_name:
+        return next((SIGN_SIGMA, row.cosine[0]) for row in rows if row.value == SIGN_SIGMA)
+    automatic, measured = by_name[AUTOMATIC], next(row for row in rows if row.value == MEASURED)
+    # Along one direction, scores are as long as the perturbations.
+    ratios = np.divide(automatic.largest_scores, measured.largest_scores)
+    return MEASURED * float(np.median(ratios)), automatic.cosine[0]
 
 
 def _cells(panels: np.ndarray, sizes: Sequence[str], rows: Sequence[Row]) -> Iterator[tuple[Axes, list[Row]]]:
@@ -297,7 +315,7 @@ def _label(figure: Figure, lines: Sequence[Line]) -> None:
         taken.setdefault(line.axes, []).extend(line.obstacles())
     for line in lines:
         label = line.axes.annotate(line.label, (0, 0), (0, 0), textcoords="offset points", va="center", fontsize=12)
-        label.set(color=line.colour, linespacing=0.9)
+        label.set(color=[0.7 * part for part in to_rgb(line.colour)], linespacing=0.9)  # darker, to be read
         for point, (offset, alignment) in product(line.places(), LABEL_PLACES):
             label.xy, label.xyann = point, offset
             label.set_horizontalalignment(alignment)

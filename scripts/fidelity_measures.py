@@ -32,6 +32,7 @@ class SubjectRow:
         meta_params: Name of the meta-parameters.
         num_meta_params: Their number.
         effective_dimension: Of the exact hypergradients, see :func:`effective_dimension`.
+        agreement: Mean cosine between the exact hypergradients of different batches.
         batches: Number of batches.
         train_loss: Objective at the end of the training.
         val_loss: Mean over the meta batches.
@@ -46,6 +47,7 @@ class SubjectRow:
     meta_params: str
     num_meta_params: int
     effective_dimension: float
+    agreement: float
     batches: int
     train_loss: float
     val_loss: float
@@ -68,6 +70,7 @@ class Row:
         cosines: With the exact one, one for each batch.
         projections: Inner products with the exact one, over its squared norm: 1 is the right length.
         largest_weights: Of any candidate, one for each batch.
+        largest_scores: Absolute slopes of the validation loss along a candidate's perturbation, one for each batch.
         cosine_of_mean: Between the means over all batches, and its error by the bootstrap.
     """
 
@@ -81,6 +84,7 @@ class Row:
     cosines: list[float]
     projections: list[float]
     largest_weights: list[float]
+    largest_scores: list[float]
     cosine_of_mean: Number
 
     @property
@@ -105,14 +109,13 @@ class Row:
         return mean_and_error(self.largest_weights)
 
     @classmethod
-    def of(cls, found: Sequence[Tensor], exact: Sequence[Tensor], weights: Sequence[float], **names: Any) -> "Row":
+    def of(cls, found: Sequence[Tensor], exact: Sequence[Tensor], **rest: Any) -> "Row":
         """Compare hypergradients, one of each for every batch."""
         return cls(
             cosines=[cosine(h, e) for h, e in zip(found, exact, strict=True)],
             projections=[float(h @ e / e.square().sum()) for h, e in zip(found, exact, strict=True)],
-            largest_weights=list(weights),
             cosine_of_mean=cosine_of_means(torch.stack(list(found)), torch.stack(list(exact))),
-            **names,
+            **rest,
         )
 
     def content(self) -> dict[str, Any]:
@@ -251,9 +254,19 @@ def effective_dimension(vectors: Sequence[Tensor]) -> float:
     The :math:`\mu_i` are the eigenvalues of their matrix of inner products: 1 for vectors along one line, N for N
     orthogonal ones.
     """
+    cosines = _cosines(vectors)
+    return float(cosines.trace() ** 2 / cosines.square().sum())
+
+
+def agreement(vectors: Sequence[Tensor]) -> float:
+    """Mean cosine between different vectors."""
+    number = len(vectors)
+    return float((_cosines(vectors).sum() - number) / (number * (number - 1)))
+
+
+def _cosines(vectors: Sequence[Tensor]) -> Tensor:
     directions = torch.stack([vector / vector.norm() for vector in vectors])  # [N, H]
-    gram = directions @ directions.T
-    return float(gram.trace() ** 2 / gram.square().sum())
+    return directions @ directions.T
 
 
 def mean_and_error(values: Sequence[float]) -> Number:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meta_trainer import MetaModule, MetaWeightNet, RepresentationTransform
 from meta_trainer.hypergrad import BilevelProblem, OptimizerStep, t1t2
-from meta_trainer.modules.meta_module import REFERENCE_LOSSES, Batch
+from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES, Batch
 from meta_trainer.modules.representation_transform import SOURCE_COLUMN
 from meta_trainer.per_example_loss import per_example_losses
 from meta_trainer.scope import select_parameters
@@ -98,7 +98,7 @@ class Variant:
     """
 
     shared_random_numbers: bool = True
-    shared_losses: bool = True
+    shared_inputs: bool = True
     autocast: bool = False
 
 
@@ -170,7 +170,7 @@ class Subject:
             variant: How losses are computed.
         """
         train_batch, meta_batch = batches
-        reference: list[Tensor] = []
+        references: dict[Any, Tensor] = {}
         # The state that all evaluations start from has the seed before these.
         seeds = count(torch.initial_seed() + 1)
 
@@ -178,7 +178,7 @@ class Subject:
             if not variant.shared_random_numbers:
                 torch.manual_seed(next(seeds))
             with _precision(variant):
-                return self._objective(train_batch, reference if variant.shared_losses else None)
+                return self._objective(train_batch, references if variant.shared_inputs else {})
 
         def val_loss() -> Tensor:
             with _precision(variant):
@@ -188,18 +188,13 @@ class Subject:
         meta_params = [p for group in self.meta_parameters().values() for p in group]
         return BilevelProblem(theta, meta_params, train_loss, val_loss)
 
-    def _objective(self, batch: Batch, reference: list[Tensor] | None) -> Tensor:
-        """Training objective through the doors of the meta module."""
-        with self.meta_module.attach(self.model, batch):
+    def _objective(self, batch: Batch, references: dict[Any, Tensor]) -> Tensor:
+        """Training objective through the doors of the meta module, as the trainer computes it."""
+        with self.meta_module.attach(self.model, {**batch, REFERENCES: references}):
             outputs = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits = outputs.logits.to(torch.promote_types(outputs.logits.dtype, torch.float32))
         losses = per_example_losses(logits, batch["labels"])  # [B]
-        if not self.meta_module.has_loss_door:
-            return losses.mean()
-        if reference is not None:
-            if not reference:
-                reference.append(losses.detach())
-            batch = {**batch, REFERENCE_LOSSES: reference[0]}
+        batch = {**batch, REFERENCE_LOSSES: references.setdefault(REFERENCE_LOSSES, losses.detach())}
         return self.meta_module.reduce(losses, batch, outputs)
 
     def _train(self, steps: int) -> float:

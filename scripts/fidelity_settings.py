@@ -11,8 +11,8 @@ from meta_trainer.hypergrad import BilevelProblem, Hypergradient, OptimizerStep,
 FORWARD, BACKWARD = 1, 2
 """Costs in passes: a backward pass multiplies with every weight twice."""
 
-SIGN_SIGMA, GUIDED_SIGMA, TEMPERATURE = 1e-3, 1e-4, 0.05
-"""Defaults, written out so that the numbers stay what they are."""
+SIGN_SIGMA, TEMPERATURE = 1e-3, 0.05
+"""The paper's, which are the defaults for signs."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,11 @@ class Setting:
 
 EXACT = Recipe("t1t2")
 EXACT_OPTIMIZER = Recipe("t1t2", follows_optimizer=True)
-FINITE_DIFFERENCE = Recipe("finite_difference", {"step_size": 1e-4})
+FINITE_DIFFERENCE = Recipe("finite_difference")
 
 OTHER_MASKS = Variant(shared_random_numbers=False)
-OFFICIAL = Variant(shared_random_numbers=False, shared_losses=False)
+OWN_INPUTS = Variant(shared_inputs=False)
+OFFICIAL = Variant(shared_random_numbers=False, shared_inputs=False)
 AUTOCAST = Variant(autocast=True)
 
 
@@ -101,8 +102,8 @@ def spread_out(candidates: int, **settings: Any) -> Recipe:
 
 
 def guided(variant: Variant = AS_TRAINED, follows_optimizer: bool = False, **settings: Any) -> Recipe:
-    """Two candidates along the validation gradient."""
-    keywords = {"num_candidates": 2, "noise": "guided", "sigma": GUIDED_SIGMA, "temperature": TEMPERATURE, **settings}
+    """Two candidates along the validation gradient, by default as far as its own length suggests."""
+    keywords = {"num_candidates": 2, "noise": "guided", "temperature": TEMPERATURE, **settings}
     return Recipe("evograd", keywords, follows_optimizer, variant)
 
 
@@ -155,8 +156,11 @@ TEMPERATURES = _table(
 )
 
 SIGMAS = [
+    *_table(
+        "sigma", {"guided, sigma=automatic": guided(), "finite difference, step_size=automatic": FINITE_DIFFERENCE}
+    ),
     *_sweep("sigma", "sign, K=2, sigma", {s: sign(2, sigma=s) for s in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}),
-    *_sweep("sigma", "sign, K=8, sigma", {s: sign(8, sigma=s) for s in (1e-5, 1e-4, 1e-3, 1e-2)}),
+    *_sweep("sigma", "sign, K=8, sigma", {s: sign(8, sigma=s) for s in (1e-4, 1e-3, 1e-2)}),
     *_sweep(
         "sigma",
         "guided, sigma",
@@ -187,7 +191,7 @@ OPTIMIZER = _table(
     "optimizer",
     {
         "T1-T2 of AdamW": EXACT_OPTIMIZER,
-        "finite difference of AdamW": Recipe("finite_difference", FINITE_DIFFERENCE.settings, follows_optimizer=True),
+        "finite difference of AdamW": Recipe("finite_difference", follows_optimizer=True),
         "guided, AdamW": guided(follows_optimizer=True),
         "optimizer noise, K=2": optimizer_noise(2),
         "optimizer noise, K=8": optimizer_noise(8),
@@ -200,7 +204,7 @@ OPTIMIZER = _table(
 )
 
 PRECISION = [
-    *_table("bfloat16", {"T1-T2": Recipe("t1t2", variant=AUTOCAST)}),
+    *_table("bfloat16", {"T1-T2": Recipe("t1t2", variant=AUTOCAST), "guided, sigma=automatic": guided(AUTOCAST)}),
     *_sweep("bfloat16", "guided, sigma", {s: guided(AUTOCAST, sigma=s) for s in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)}),
     *_sweep("bfloat16", "sign, K=2, sigma", {s: sign(2, AUTOCAST, sigma=s) for s in (1e-3, 1e-2)}),
     *_sweep("bfloat16", "sign, K=8, sigma", {s: sign(8, AUTOCAST, sigma=s) for s in (1e-3,)}),
@@ -208,7 +212,30 @@ PRECISION = [
 
 LEARNING_RATES = [
     Setting(f"guided, exact at lr={lr:g}", "learning rate", guided(), Recipe("t1t2", {"lr": lr}), lr)
-    for lr in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    for lr in (1e-5, 1e-4, 1e-3, 1e-2)
+]
+
+INPUTS = [
+    *_table(
+        "hidden states",
+        {
+            "guided, shared": guided(),
+            "guided, each candidate's own": guided(OWN_INPUTS),
+            **{f"guided, each candidate's own, sigma={s:g}": guided(OWN_INPUTS, sigma=s) for s in (1e-5, 1e-2)},
+            "sign, K=2, shared": sign(2),
+            "sign, K=2, each candidate's own": sign(2, OWN_INPUTS),
+            "sign, K=16, shared": sign(16),
+            "sign, K=16, each candidate's own": sign(16, OWN_INPUTS),
+        },
+    ),
+    *_table(
+        "hidden states",
+        {
+            "guided, AdamW, shared": guided(follows_optimizer=True),
+            "guided, AdamW, each candidate's own": guided(OWN_INPUTS, follows_optimizer=True),
+        },
+        EXACT_OPTIMIZER,
+    ),
 ]
 
 SCATTER = [
@@ -236,5 +263,6 @@ SETTINGS = (
     *OPTIMIZER,
     *PRECISION,
     *LEARNING_RATES,
+    *INPUTS,
 )
 GROUPS = tuple(dict.fromkeys(setting.group for setting in SETTINGS))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from fidelity_figures import draw, markdown, tables
-from fidelity_measures import Row, Spread, Study, SubjectRow, effective_dimension
+from fidelity_measures import Row, Spread, Study, SubjectRow, agreement, effective_dimension
 from fidelity_problems import NETWORK, SIZES, TRANSFORM, BatchPair, Subject, has_trec
 from fidelity_settings import EXACT, GROUPS, SCATTER, SETTINGS, Recipe, Setting
 from rich.console import Console
@@ -54,11 +54,13 @@ class Case:
     scatter_batches: int = 0
 
 
+ALL_BUT_HIDDEN = tuple(group for group in GROUPS if group != "hidden states")
+BUT_NOISE = tuple(group for group in ALL_BUT_HIDDEN if group not in ("layouts", "temperature"))
 CASES = (
-    Case("0.1M", NETWORK, "all", 50, GROUPS, scatter_batches=3),
-    Case("1.4M", NETWORK, "all", 20, tuple(group for group in GROUPS if group not in ("layouts", "temperature"))),
+    Case("0.1M", NETWORK, "all", 50, ALL_BUT_HIDDEN, scatter_batches=3),
+    Case("1.4M", NETWORK, "all", 20, BUT_NOISE),
     Case("1.4M", NETWORK, "head", 20, ("estimators",)),
-    Case("1.4M", TRANSFORM, "all", 20, ("estimators", "optimizer", "learning rate")),
+    Case("1.4M", TRANSFORM, "all", 20, ("estimators", "optimizer", "hidden states")),
     Case("5.4M", NETWORK, "all", 8, ("estimators", "optimizer")),
 )
 
@@ -86,7 +88,7 @@ class Estimates:
 def judge(case: Case, subject: Subject, seed: int) -> Study:
     """Estimate by every setting on every batch, and compare."""
     settings = [setting for setting in SETTINGS if setting.group in case.groups]
-    found: dict[tuple[int, str], list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+    found: dict[tuple[int, str], list[tuple[Tensor, Tensor, Hypergradient]]] = defaultdict(list)
     exact: dict[str, list[Tensor]] = defaultdict(list)
     val_losses = []
     for number in range(case.batches):
@@ -97,7 +99,7 @@ def judge(case: Case, subject: Subject, seed: int) -> Study:
         for position, setting in enumerate(settings):
             result, reference = estimate(setting.recipe), vectors(subject, estimate(setting.reference))
             for name, vector in vectors(subject, result).items():
-                found[position, name].append((vector, reference[name], float(result.weights.max())))
+                found[position, name].append((vector, reference[name], result))
     rows = [_row(case, settings[position], name, values) for (position, name), values in found.items()]
     subjects = [_subject_row(case, subject, name, values, val_losses) for name, values in exact.items()]
     return Study(subjects, rows, _spreads(case, subject, seed))
@@ -112,12 +114,13 @@ def vectors(subject: Subject, result: Hypergradient) -> dict[str, Tensor]:
     }
 
 
-def _row(case: Case, setting: Setting, name: str, values: Sequence[tuple[Tensor, Tensor, float]]) -> Row:
-    found, exact, weights = zip(*values, strict=True)
+def _row(case: Case, setting: Setting, name: str, values: Sequence[tuple[Tensor, Tensor, Hypergradient]]) -> Row:
+    found, exact, results = zip(*values, strict=True)
     return Row.of(
         found,
         exact,
-        weights,
+        largest_weights=[float(result.weights.max()) for result in results],
+        largest_scores=[float(result.scores.abs().max()) for result in results],
         size=case.size,
         scope=case.scope,
         meta_params=name,
@@ -140,6 +143,7 @@ def _subject_row(
         meta_params=name,
         num_meta_params=len(exact[0]),
         effective_dimension=effective_dimension(exact),
+        agreement=agreement(exact),
         batches=case.batches,
         learning_rate=subject.learning_rate,
         train_loss=subject.train_loss,

@@ -122,75 +122,86 @@ def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: i
     return Cell(estimator, f"{recipe}|{rate}", seed, path, settings)
 
 
-def collect(runs: Sequence[Cell]) -> dict[str, Any]:
-    """Scores of every run that has ended, by recipe, estimator and rate, in percent; one for each seed."""
-    scores: dict[str, Any] = {}
+Scores = dict[str, dict[str, dict[str, dict[int, float]]]]
+"""In percent, by recipe, method, rate and seed."""
+
+
+def collect(runs: Sequence[Cell]) -> Scores:
+    """Scores of every run that has ended."""
+    scores: Scores = {}
     for cell in runs:
         result = cell.result
         if result is not None:
             recipe, rate = cell.target.split("|")
-            metric = result["metrics"].get(METRICS[recipe], 0.0)
-            changes = [log["meta/objective_change"] for log in result["history"] if "meta/objective_change" in log]
-            entry = (
-                scores.setdefault(recipe, {}).setdefault(cell.method, {}).setdefault(rate, {"score": [], "change": []})
-            )
-            entry["score"].append(100 * metric)
-            entry["change"].extend([statistics.mean(changes)] if changes else [])
+            by_seed = scores.setdefault(recipe, {}).setdefault(cell.method, {}).setdefault(rate, {})
+            by_seed[cell.seed] = 100 * result["metrics"].get(METRICS[recipe], 0.0)
     return scores
 
 
-def markdown(scores: dict[str, Any]) -> str:
-    """A table for each recipe: mean and standard deviation over the seeds, estimator by meta learning rate."""
-    lines = []
-    rates = sorted(RATES)
+def differences(scores: Scores, recipe: str, method: str, rate: float) -> list[float]:
+    """To plain training with the same seed."""
+    plain = scores[recipe][PLAIN][str(None)]
+    by_seed = scores[recipe].get(method, {}).get(str(rate), {})
+    return [score - plain[seed] for seed, score in by_seed.items() if seed in plain]
+
+
+def markdown(scores: Scores) -> str:
+    """A table for each recipe: difference to plain training, estimator by meta learning rate."""
+    lines, rates = [], sorted(RATES)
     for recipe, by_method in scores.items():
-        lines += [f"| {recipe}, {METRICS[recipe]} | {' | '.join(f'{rate:.0e}' for rate in rates)} |"]
-        lines += ["|---" * (len(rates) + 1) + "|"]
-        for method, by_rate in by_method.items():
-            cells_of_row = [_summary(by_rate.get(str(rate if method != PLAIN else None))) for rate in rates]
-            row = cells_of_row[:1] + [""] * (len(rates) - 1) if method == PLAIN else cells_of_row
-            lines.append(f"| {method} | {' | '.join(row)} |")
-        lines.append("")
+        plain = list(by_method[PLAIN][str(None)].values())
+        lines.append(f"| {recipe}: {METRICS[recipe]} − plain | {' | '.join(f'{rate:.0e}' for rate in rates)} |")
+        lines.append("|---" * (len(rates) + 1) + "|")
+        for method in by_method:
+            if method != PLAIN:
+                row = (_summary(differences(scores, recipe, method, rate)) for rate in rates)
+                lines.append(f"| {method} | {' | '.join(row)} |")
+        lines += [
+            "",
+            f"Plain training: {statistics.mean(plain):.1f} ({', '.join(f'{score:.1f}' for score in plain)}).",
+            "",
+        ]
     return "\n".join(lines)
 
 
-def _summary(entry: dict[str, list[float]] | None) -> str:
-    if entry is None:
+def _summary(values: Sequence[float]) -> str:
+    """Mean, standard error and number."""
+    if not values:
         return ""
-    scores = entry["score"]
-    deviation = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.1f}{deviation}"
+    error = f" ± {_error(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{error} ({len(values)})"
 
 
-def draw(scores: dict[str, Any], file: Path) -> None:
-    """Score against meta learning rate, a line for each estimator, with plain training as the level to beat."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+def _error(values: Sequence[float]) -> float:
+    return float(statistics.stdev(values) / len(values) ** 0.5)
+
+
+def draw(scores: Scores, file: Path) -> None:
+    """Difference to plain training against meta learning rate, a line for each estimator."""
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     panels = figure.subplots(1, len(scores), squeeze=False)[0]
-    for axes, (recipe, by_method) in zip(panels, scores.items(), strict=True):
-        _draw_panel(axes, recipe, by_method)
+    for axes, recipe in zip(panels, scores, strict=True):
+        _draw_panel(axes, scores, recipe)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150)
 
 
-def _draw_panel(axes: Axes, recipe: str, by_method: dict[str, Any]) -> None:
-    plain = statistics.mean(by_method[PLAIN]["None"]["score"])
-    axes.axhline(plain, color="black", linestyle="--", label=PLAIN)
-    for method, colour, marker in zip(ESTIMATORS, COLOURS, "osD^vPX", strict=False):
-        by_rate = by_method.get(method, {})
-        rates = [rate for rate in sorted(RATES) if str(rate) in by_rate]
-        means = [statistics.mean(by_rate[str(rate)]["score"]) for rate in rates]
+def _draw_panel(axes: Axes, scores: Scores, recipe: str) -> None:
+    axes.axhline(0, color="grey", linestyle="--", label=PLAIN)
+    for number, (method, colour, marker) in enumerate(zip(ESTIMATORS, COLOURS, "osD^vPX", strict=False)):
+        points = [(rate, values) for rate in sorted(RATES) if (values := differences(scores, recipe, method, rate))]
+        # Side by side, so that error bars can be told apart.
+        rates = [rate * 1.07 ** (number - 3) for rate, _ in points]
+        means = [statistics.mean(values) for _, values in points]
         axes.plot(rates, means, marker=marker, markersize=5, color=colour, label=method)
-        for rate, mean in zip(rates, means, strict=True):
-            values = by_rate[str(rate)]["score"]
+        for rate, mean, (_, values) in zip(rates, means, points, strict=True):
             if len(values) > 1:
-                axes.plot(
-                    [rate, rate], [mean - statistics.stdev(values), mean + statistics.stdev(values)], color=colour
-                )
+                axes.errorbar(rate, mean, _error(values), color=colour)
     axes.set_xscale("log")
     axes.set_xlabel("meta learning rate")
-    axes.set_ylabel(f"{METRICS[recipe]} on the test set, percent")
+    axes.set_ylabel(f"{METRICS[recipe]}, points above plain training")
     axes.set_title(recipe)
     axes.spines[["top", "right"]].set_visible(False)
 

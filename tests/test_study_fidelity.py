@@ -39,7 +39,9 @@ def tiny_study(monkeypatch):
     monkeypatch.delenv("META_TRAINER_DATA", raising=False)
     monkeypatch.setitem(fidelity_problems.SIZES, "tiny", TINY)
     cases = (
-        study_fidelity.Case("tiny", fidelity_problems.NETWORK, "all", 9, fidelity_settings.GROUPS, scatter_batches=2),
+        study_fidelity.Case(
+            "tiny", fidelity_problems.NETWORK, "all", 9, study_fidelity.ALL_BUT_HIDDEN, scatter_batches=2
+        ),
         study_fidelity.Case("tiny", fidelity_problems.NETWORK, "head", 9, ("estimators",)),
         study_fidelity.Case("tiny", fidelity_problems.TRANSFORM, "all", 9, ("optimizer",)),
     )
@@ -148,6 +150,25 @@ def test_candidates_share_dropout_masks_unless_told_otherwise(subject):
     assert len({shared[0], *own}) == 4
 
 
+@pytest.mark.parametrize("kind", [fidelity_problems.NETWORK, fidelity_problems.TRANSFORM])
+def test_the_meta_module_reads_the_same_for_every_candidate_unless_told_otherwise(kind):
+    subject = fidelity_problems.Subject(replace(TINY, training_steps=1), kind, seed=0)
+    network = subject.meta_module.networks[0] if kind == fidelity_problems.TRANSFORM else subject.meta_module.network
+    read = []
+    network.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
+    batches = subject.draw()
+    for variant in (fidelity_problems.AS_TRAINED, fidelity_settings.OWN_INPUTS):
+        problem = subject.problem(batches, variant=variant)
+        for _ in range(2):
+            torch.manual_seed(5)
+            problem.train_loss()
+            with torch.no_grad():
+                problem.theta[0].add_(0.1 * torch.randn_like(problem.theta[0]))
+
+    assert torch.equal(read[0], read[1])
+    assert not torch.equal(read[2], read[3])
+
+
 # --------------------------------------------------------------------------------------------------------------- costs
 
 
@@ -192,6 +213,7 @@ def test_the_effective_dimension_counts_directions():
     assert fidelity_measures.effective_dimension(list(torch.eye(5))) == pytest.approx(5)
     line = torch.tensor([1.0, 2.0, 0.0])
     assert fidelity_measures.effective_dimension([line, -3 * line, line]) == pytest.approx(1)
+    assert fidelity_measures.agreement([line, -3 * line, line]) == pytest.approx(-1 / 3)
 
 
 def test_the_cosine_of_means_is_that_of_the_sums_and_its_error_shrinks_with_the_batches():
@@ -207,7 +229,8 @@ def test_the_cosine_of_means_is_that_of_the_sums_and_its_error_shrinks_with_the_
 def test_an_exact_estimate_at_any_scale_has_cosine_1_and_zero_has_none():
     exact = torch.randn(3, 7, dtype=torch.float64)
     names = {"size": "", "scope": "", "meta_params": "", "group": "", "setting": "", "value": None, "passes": 5}
-    row = fidelity_measures.Row.of([*(2 * exact[:2]), 0 * exact[2]], list(exact), [0.5, 0.6, 0.7], **names)
+    names |= {"largest_weights": [0.5, 0.6, 0.7], "largest_scores": [0.0, 0.0, 0.0]}
+    row = fidelity_measures.Row.of([*(2 * exact[:2]), 0 * exact[2]], list(exact), **names)
     assert row.cosines == pytest.approx([1, 1, 0])
     assert row.projections == pytest.approx([2, 2, 0])
     assert row.right_signs[0] == pytest.approx(2 / 3)
