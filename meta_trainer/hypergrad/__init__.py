@@ -14,6 +14,9 @@ estimator              idea                                                    p
                                                                                1 validation forward and backward
 ====================== ======================================================= =========================================
 
+Perturbed at random, ``evograd`` is unbiased and noisy; guided by the validation gradient, it has neither noise nor
+further passes. The inner step is gradient descent, or with an :class:`OptimizerStep` what the base optimizer will do.
+
 Each leaves no trace: parameters, buffers, ``.grad`` fields and random state come back bit for bit.
 """
 
