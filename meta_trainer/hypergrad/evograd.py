@@ -106,7 +106,7 @@ def evograd(
         scale, offset = shape.scale(sandbox.blocks), shape.offset(sandbox.blocks)
         perturbations = Perturbations(noise, problem.theta, num_candidates, length, seed, layout, scale, guide, offset)
 
-        losses, meta_grads = _evaluate_candidates(sandbox, perturbations)
+        losses, meta_grads = sandbox.evaluate_candidates(perturbations)
         losses = problem.mean(losses)  # [K]
         tau = _temperature(temperature, losses)
         weights = torch.softmax(-losses / tau, dim=0)  # [K]
@@ -151,21 +151,6 @@ def loss_cotangents(losses: Tensor, scores: Tensor, temperature: float | Tensor)
     """
     weights = torch.softmax(-losses / temperature, dim=0)  # [K]
     return -weights * (scores - weights @ scores) / temperature
-
-
-def _evaluate_candidates(
-    sandbox: Sandbox, perturbations: Perturbations
-) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
-    """Training loss of every candidate, ``[K]``, and its derivatives by the meta-parameters."""
-    sandbox.differentiate_theta(False)
-    losses, meta_grads = [], []
-    for epsilon in perturbations:
-        sandbox.move_to(epsilon)
-        loss = sandbox.train_loss()
-        meta_grads.append(sandbox.meta_gradient(loss))
-        losses.append(loss.detach())
-        del loss  # and its graph, before the next one
-    return torch.stack(losses), meta_grads
 
 
 def _scores_on_the_way_back(

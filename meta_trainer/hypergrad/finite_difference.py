@@ -55,19 +55,13 @@ def finite_difference(
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, length / norm, torch.ones_like(norm))
 
-        sandbox.differentiate_theta(False)
-        losses, meta_grads = [], []
-        for side in (radius, -radius):
-            sandbox.move_to(block * side for block in blocks.flatten(direction))
-            loss = sandbox.train_loss()
-            meta_grads.append(sandbox.meta_gradient(loss))
-            losses.append(loss.detach())
-            del loss  # and its graph, before the next one
+        sides = ((block * side for block in blocks.flatten(direction)) for side in (radius, -radius))
+        losses, meta_grads = sandbox.evaluate_candidates(sides)
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
         train_grads = sandbox.train_grads(meta_grads)
         drift_change = sandbox.slope(validation.theta_grad, drift)
-    train_losses = problem.mean(torch.stack(losses))  # [2]
+    train_losses = problem.mean(losses)  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
         val_loss=problem.mean(validation.loss),

@@ -165,6 +165,20 @@ class Sandbox:
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
+    def evaluate_candidates(
+        self, displacements: Iterable[Iterable[Tensor]]
+    ) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
+        """Training loss at every displacement, ``[K]``, and what :meth:`meta_gradient` gives for it."""
+        self.differentiate_theta(False)
+        losses, meta_grads = [], []
+        for displacement in displacements:
+            self.move_to(displacement)
+            loss = self.train_loss()
+            meta_grads.append(self.meta_gradient(loss))
+            losses.append(loss.detach())
+            del loss  # and its graph, before the next one
+        return torch.stack(losses), meta_grads
+
     def gradient(
         self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False, retain_graph: bool | None = None
     ) -> tuple[Tensor, ...]:
