@@ -50,7 +50,7 @@ AUTOMATIC, MEASURED = "guided, sigma=automatic", 1e-4
 
 LABEL_PLACES = [
     ((dx, dy), alignment)
-    for dy in (0, 13, -13, 26, -26, 39, -39)
+    for dy in (0, 13, -13, 26, -26, 39, -39, 52, -52, 65, -65)
     for dx, alignment in ((9, "left"), (-9, "right"), *(((0, "center"),) if dy else ()))
 ]
 """Where a label may stand beside its point, in points, best first."""

@@ -1,6 +1,6 @@
 """Compare estimated hypergradients with exact ones, on classifiers of three sizes in the middle of their training.
 
-    python scripts/study_fidelity.py                                      # everything, 15 minutes on a CPU core
+    python scripts/study_fidelity.py                                      # everything: 15 minutes on an idle core
     python scripts/study_fidelity.py --sizes 0.1M --settings estimators   # one size, one table
     python scripts/study_fidelity.py --from_json FILE --markdown          # tables and pictures of a study again
 
