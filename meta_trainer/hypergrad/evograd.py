@@ -66,7 +66,8 @@ def evograd(
         num_candidates: K, at least 2.
         sigma: Standard deviation of the perturbations, in units of the parameters; by default 1e-3, the paper's. For
             ``"guided"`` noise by default what changes the validation loss by a thousandth, to first order, between
-            1e-6 and 1e-2: the losses are far more curved along a gradient.
+            1e-6 and 1e-2: the losses are far more curved along a gradient. Its scale then changes from batch to batch,
+            where no `inner_step` sets another.
         temperature: :math:`\tau > 0`, in units of the training loss; small values select the best candidate. ``"auto"``
             is the standard deviation of the candidates' losses: selection is neither blind nor absolute.
         noise: ``"sign"`` (:math:`\pm\sigma`), ``"normal"``, ``"optimizer"``, ``"guided"``, or a function

@@ -16,8 +16,10 @@ Batch = dict[str, Any]
 """A collated batch: column name to tensor."""
 
 REFERENCE_LOSSES = "reference_losses"
-REFERENCES = "references"
 """Batch key under which the loss door finds per-example losses that are the same for all candidates."""
+
+REFERENCES = "references"
+"""Key of the dictionary that all evaluations of a batch within a meta step share, for :meth:`MetaModule.attach`."""
 
 _DOWNLOAD_SETTINGS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
