@@ -127,7 +127,8 @@ def evograd(
         train_grads = sandbox.train_grads(meta_grads)
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
-        val_loss=problem.mean(validation.loss),
+        # What was taken beforehand is an average already.
+        val_loss=problem.mean(validation.loss) if guide is None else validation.loss,
         train_losses=losses,
         weights=weights,
         scores=scores,

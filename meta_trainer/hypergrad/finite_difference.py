@@ -64,7 +64,7 @@ def finite_difference(
     train_losses = problem.mean(losses)  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
-        val_loss=problem.mean(validation.loss),
+        val_loss=validation.loss,
         train_losses=train_losses,
         weights=torch.full_like(train_losses, 0.5),
         scores=torch.stack([radius, -radius]) * slope,
