@@ -56,7 +56,7 @@ def estimate(
         include_unperturbed=args.include_unperturbed,
         relative_sigma=args.relative_sigma,
         guidance=args.guidance,
-        inner_step=inner_step if args.scales_hypergradient else None,
+        inner_step=inner_step,
     )
 
 

@@ -125,6 +125,7 @@ class OptimizerStep:
         if not max_grad_norm >= 0:
             raise ValueError(f"`max_grad_norm` should be zero or a positive number, got {max_grad_norm}.")
         rule = _rule_of(type(optimizer))
+        self._theta = [t.detach() for t in theta]
         self._rules = [rule(t, groups[id(t)], optimizer.state.get(t, {})) for t in theta]
         self._max_grad_norm = max_grad_norm
 
@@ -145,7 +146,7 @@ class OptimizerStep:
 
     def drift(self) -> list[Tensor]:
         """The update for a gradient of zero."""
-        return [rule.displacement(rule.zeros()) for rule in self._rules]
+        return [rule.displacement(torch.zeros_like(t)) for rule, t in zip(self._rules, self._theta, strict=True)]
 
     def precondition(self, vector: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The vector, times the rates."""
@@ -190,8 +191,6 @@ class _Rule(Protocol):
 
     def expected_square(self) -> Tensor: ...
 
-    def zeros(self) -> Tensor: ...
-
 
 class _SGDRule:
     def __init__(self, parameter: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -217,9 +216,6 @@ class _SGDRule:
 
     def expected_square(self) -> Tensor:
         return torch.ones_like(self._parameter)
-
-    def zeros(self) -> Tensor:
-        return torch.zeros_like(self._parameter)
 
 
 class _AdamRule:
@@ -259,9 +255,6 @@ class _AdamRule:
 
     def expected_square(self) -> Tensor:
         return self._square / self._last_correction2
-
-    def zeros(self) -> Tensor:
-        return torch.zeros_like(self._parameter)
 
     def _moments(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gradient = gradient + self._coupled_decay * self._parameter.detach()
