@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from meta_trainer.hypergrad.displacement import Displacement, add
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
-from meta_trainer.hypergrad.problem import BilevelProblem
-from meta_trainer.hypergrad.random_state import preserved_random_state
+from meta_trainer.hypergrad.problem import BilevelProblem, Loss
+from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Sandbox:
     """Evaluates the losses of a problem at displaced parameters, and gives everything back on leaving.
 
     Every evaluation replays the random state found on entering and starts from the state tensors found on entering, so
-    that two evaluations differ by the parameters alone: the same dropout masks, the same running statistics.
+    that two evaluations differ by the parameters alone: the same dropout masks, the same running statistics. Of several
+    terms of a training loss, each replays the random state that the one before it left behind, as training does.
 
     Parameters are written through ``.data``, which leaves their version counters alone: a graph recorded at the
     original point stays usable once the parameters are back there.
@@ -69,8 +70,9 @@ class Sandbox:
         self._last_move: tuple[Displacement, Callable[[], Iterable[Tensor]]] | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
-            devices = {t.device for t in (*problem.theta, *problem.meta_params)}
-            self._random_state = stack.enter_context(preserved_random_state(devices))
+            self._devices = {t.device for t in (*problem.theta, *problem.meta_params)}
+            self._random_state = stack.enter_context(preserved_random_state(self._devices))
+            self._term_random_state = self._random_state
             for tensor in (*problem.theta, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
@@ -134,9 +136,24 @@ class Sandbox:
         for tensor in self.problem.theta:
             tensor.requires_grad_(needed)
 
-    def train_loss(self) -> Tensor:
-        """Training loss at the present parameters."""
-        return self._evaluate("train_loss", self.problem.train_loss)
+    @property
+    def has_terms(self) -> bool:
+        """Whether the training loss is given by several terms."""
+        return not callable(self.problem.train_loss)
+
+    def train_terms(self) -> Iterator[Loss]:
+        """The terms of the training loss, one after another; in between, :meth:`train_loss` evaluates them."""
+        train_loss = self.problem.train_loss
+        terms = [train_loss] if callable(train_loss) else train_loss
+        self._term_random_state = self._random_state
+        self._random_state.restore()
+        for term in terms:
+            yield term
+            self._term_random_state = RandomState.capture(self._devices)
+
+    def train_loss(self, term: Loss) -> Tensor:
+        """Training loss at the present parameters, or the term of it whose turn it is."""
+        return self._evaluate("train_loss", term, self._term_random_state)
 
     def look_ahead(self, displacement: Sequence[Tensor] | None) -> Validation:
         """Validation loss at a point near the original parameters, and its derivatives, there and back.
@@ -161,23 +178,46 @@ class Sandbox:
         """Validation loss at the present parameters, and its derivatives."""
         theta = self.problem.theta
         self.differentiate_theta(True)
-        loss = self._evaluate("val_loss", self.problem.val_loss)
+        loss = self._evaluate("val_loss", self.problem.val_loss, self._random_state)
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
     def evaluate_candidates(
-        self, displacements: Iterable[Iterable[Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
-        """Training loss at every displacement, ``[K]``, and what :meth:`meta_gradient` gives for it."""
+        self, displacements: Sequence[Iterable[Tensor]]
+    ) -> tuple[Tensor, list[Sequence[Tensor | None]]]:
+        """Training loss at every displacement and what :meth:`meta_gradient` gives for it.
+
+        Args:
+            displacements: The flat blocks of K displacements, the same at every access.
+
+        Returns:
+            The losses ``[K]``, averages over the replicas, and K lists of derivatives, empty for a candidate that is
+            another replica's.
+
+        Raises:
+            ValueError: If there are fewer candidates than replicas that they are dealt out to.
+        """
         self.differentiate_theta(False)
-        losses, meta_grads = [], []
-        for displacement in displacements:
-            self.move_to(displacement)
-            loss = self.train_loss()
-            meta_grads.append(self.meta_gradient(loss))
-            losses.append(loss.detach())
-            del loss  # and its graph, before the next one
-        return torch.stack(losses), meta_grads
+        (turn, num_turns), number = self.problem.turn, len(displacements)
+        if number < num_turns:
+            raise ValueError(f"{num_turns} replicas should have at least as many candidates to share, got {number}.")
+        losses: list[Tensor | None] = [None] * number
+        meta_grads: list[Sequence[Tensor | None]] = [()] * number
+        for term in self.train_terms():
+            for k in range(number):
+                if k % num_turns == turn:
+                    self.move_to(displacements[k])
+                    loss = self.train_loss(term)
+                    meta_grads[k] = _added(meta_grads[k], self.meta_gradient(loss))
+                    losses[k] = _sum([losses[k], loss.detach()])
+                    del loss  # and its graph, before the next one
+                elif k == 0:
+                    # Later candidates may read what it leaves behind, intermediates above all.
+                    self.move_to(displacements[k])
+                    self.train_loss(term)
+        known = next(loss for loss in losses if loss is not None)
+        stacked = torch.stack([torch.zeros_like(known) if loss is None else loss for loss in losses])
+        return self.problem.mean(stacked * num_turns), meta_grads
 
     def gradient(
         self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False, retain_graph: bool | None = None
@@ -198,12 +238,16 @@ class Sandbox:
         return grads if scale is None else tuple(grad / scale for grad in grads)
 
     def meta_gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Derivatives of a training loss by :attr:`meta_inputs`; None for no influence."""
+        """Derivatives of a training loss by :attr:`meta_inputs`; None for no influence.
+
+        Those of one term of it are by the meta-parameters alone, since its intermediates go when the next one comes.
+        """
         if not loss.requires_grad:
-            return (None,) * len(self.meta_inputs)
+            return (None,) * (len(self.problem.meta_params) if self.has_terms else len(self.meta_inputs))
         # Intermediates may hang on the same graph.
         retain = len(self.problem.intermediates) > 0
-        return self._pull_back(loss, torch.ones_like(loss), self.meta_inputs, retain_graph=retain)
+        grads = self._pull_back(loss, torch.ones_like(loss), self.meta_inputs, retain_graph=retain)
+        return tuple(self._through_intermediates(grads)) if self.has_terms else grads
 
     def hypergradient(
         self, direct: Sequence[Tensor], coefficients: Tensor, meta_grads: Sequence[Sequence[Tensor | None]]
@@ -215,13 +259,13 @@ class Sandbox:
             coefficients: ``[K]``.
             meta_grads: What :meth:`meta_gradient` gave for each candidate.
         """
-        total = [_weighted_sum(coefficients, grads) for grads in zip(*meta_grads, strict=True)]
-        # From the last intermediate on, each passes its derivative on to what it was computed from.
-        for _, value in reversed(self.problem.intermediates):
-            cotangent = total.pop()
-            if cotangent is not None:
-                passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
-                total = [_sum(terms) for terms in zip(total, passed_on, strict=True)]
+        # The mean over the replicas divides the sum over the candidates by the number that they are dealt out to.
+        shares = coefficients * self.problem.turn[1]
+        total: Sequence[Tensor | None] = ()
+        for share, grads in zip(shares, meta_grads, strict=True):
+            total = _added(total, [None if grad is None else share.to(grad) * grad for grad in grads])
+        if not self.has_terms:
+            total = self._through_intermediates(total)
         return tuple(first if rest is None else first + rest for first, rest in zip(direct, total, strict=True))
 
     def train_grads(self, meta_grads: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, ...]:
@@ -236,6 +280,17 @@ class Sandbox:
         """The meta-parameters and the leaves of the intermediates."""
         return (*self.problem.meta_params, *(leaf for leaf, _ in self.problem.intermediates))
 
+    def _through_intermediates(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """From derivatives by :attr:`meta_inputs` to those by the meta-parameters."""
+        total = list(grads)
+        # From the last intermediate on, each passes its derivative on to what it was computed from.
+        for _, value in reversed(self.problem.intermediates):
+            cotangent = total.pop()
+            if cotangent is not None:
+                passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
+                total = list(_added(total, passed_on))
+        return total
+
     def _pull_back(
         self, output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
@@ -245,8 +300,8 @@ class Sandbox:
         # The candidates' derivatives nearly cancel: no precision may be lost on the way to their sum.
         return tuple(None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in grads)
 
-    def _evaluate(self, name: str, loss_function: Callable[[], Tensor]) -> Tensor:
-        self._random_state.restore()
+    def _evaluate(self, name: str, loss_function: Loss, random_state: RandomState) -> Tensor:
+        random_state.restore()
         self._restore_state()
         loss = loss_function()
         if self._origin is None and self._last_move is None and self._versions != self._present_versions():
@@ -268,8 +323,9 @@ class Sandbox:
                 tensor.data.copy_(original)
 
 
-def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    return _sum([None if t is None else w.to(t) * t for w, t in zip(weights, tensors, strict=True)])
+def _added(left: Sequence[Tensor | None], right: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """Element by element; an empty list counts as zeros."""
+    return [_sum(pair) for pair in zip(left, right, strict=True)] if left and right else left or right
 
 
 def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -27,7 +29,7 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
     training pass runs on the math kernel of scaled dot-product attention, as the fused ones have no second derivative.
 
     Args:
-        problem: The bilevel problem. Under data parallelism the inner gradient is that of each replica's own batch.
+        problem: The bilevel problem. Under data parallelism both gradients by theta are averaged over the replicas.
         lr: Inner learning rate :math:`\eta`.
         inner_step: The inner step; None for gradient descent with `lr`.
 
@@ -42,12 +44,15 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
         Luketina et al., `Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters
         <https://arxiv.org/abs/1511.06727>`_, ICML 2016.
     """
+    if problem.turn != (0, 1):
+        raise ValueError(f"t1t2 has no candidates to deal out, so `turn` should be (0, 1), got {problem.turn}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox, sdpa_kernel(SDPBackend.MATH):
         sandbox.differentiate_theta(True)
-        train_loss = sandbox.train_loss()
-        train_grad = sandbox.gradient(train_loss, problem.theta, create_graph=True)
-        slopes = [grad.detach() for grad in train_grad]
+        # The graph of one term is kept over the validation pass; those of several are recorded once more after it.
+        recorded = [] if sandbox.has_terms else [next(_inner_gradients(sandbox, create_graph=True))]
+        train_loss, local_slopes = _added_up(recorded or _inner_gradients(sandbox))
+        slopes = [problem.mean(slope) for slope in local_slopes]
         displacement = step.displacement(slopes)
 
         sandbox.move_to(sandbox.blocks.flatten(displacement))
@@ -55,19 +60,40 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
 
         # The second derivative is taken where the graph was recorded.
         sandbox.move_back()
-        train_grads: tuple[Tensor, ...] = ()
-        if problem.with_train_grads:
-            train_grads = sandbox.gradient(train_loss, problem.meta_params, retain_graph=True)
-        direction = step.precondition(validation.theta_grad, slopes)
-        mixed = sandbox.gradient(inner_product(train_grad, direction), problem.meta_params)
-        score = inner_product(validation.theta_grad, displacement)
-        total = torch._foreach_sub(validation.direct, mixed)
+        theta_grad = [problem.mean(grad) for grad in validation.theta_grad]
+        direction = step.precondition(theta_grad, slopes)
+        total, train_grads = validation.direct, tuple(torch.zeros_like(t) for t in problem.meta_params)
+        for loss, gradient in recorded or _inner_gradients(sandbox, create_graph=True):
+            if problem.with_train_grads:
+                first = sandbox.gradient(loss, problem.meta_params, retain_graph=True)
+                train_grads = tuple(torch._foreach_add(train_grads, first))
+            mixed = sandbox.gradient(inner_product(gradient, direction), problem.meta_params)
+            total = torch._foreach_sub(total, mixed)
+        score = inner_product(theta_grad, displacement)
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
         val_loss=problem.mean(validation.loss),
-        train_losses=problem.mean(train_loss.detach()[None]),
-        weights=torch.ones_like(train_loss.detach()[None]),
-        scores=problem.mean(score[None]),
-        val_loss_change=problem.mean(score),
-        train_grads=train_grads,
+        train_losses=problem.mean(train_loss[None]),
+        weights=torch.ones_like(train_loss[None]),
+        scores=score[None],
+        val_loss_change=score,
+        train_grads=train_grads if problem.with_train_grads else (),
     )
+
+
+def _inner_gradients(sandbox: Sandbox, create_graph: bool = False) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+    """Each term of the training loss, and its gradient by theta."""
+    for term in sandbox.train_terms():
+        loss = sandbox.train_loss(term)
+        yield loss, sandbox.gradient(loss, sandbox.problem.theta, create_graph=create_graph)
+
+
+def _added_up(terms: Iterable[tuple[Tensor, tuple[Tensor, ...]]]) -> tuple[Tensor, list[Tensor]]:
+    """Sums of losses and of gradients, without their graphs."""
+    total = torch.zeros(())
+    slopes: list[Tensor] = []
+    for loss, gradient in terms:
+        total = loss.detach() + total.to(loss)
+        parts = [part.detach() for part in gradient]
+        slopes = [so_far + part for so_far, part in zip(slopes, parts, strict=True)] if slopes else parts
+    return total, slopes
