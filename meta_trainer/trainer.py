@@ -25,7 +25,8 @@ from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
-    Loss,
+    TermSum,
+    TrainLoss,
     preserved_random_state,
 )
 from meta_trainer.meta_data import MetaDataStream
@@ -142,6 +143,8 @@ class MetaTrainer(Trainer):
         self._shared_forward = SharedForward(self.args.device)
         self._base_step_follows = False
         self._window = Window([])
+        self._normalizers: list[Tensor] = []  # of the evaluation under way
+        self._step_sum = TermSum()  # of the base step's micro-batches
         self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
@@ -183,17 +186,15 @@ class MetaTrainer(Trainer):
         """As in Trainer; the meta step looks at all micro-batches of an optimizer step."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         if self.meta_module is not None:
-            self._window = Window(batches, num_items)
+            self._begin(Window(batches, num_items))
         return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """The meta step, when one is due, and the base step."""
         if self.meta_module is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self._window.begins_with(inputs) and self._meta_step_is_due():
-            self._window = Window([inputs], num_items_in_batch)
-        if self.meta_module.has_loss_door:
-            self.loss_is_scaled_for_ga = num_items_in_batch is not None
+        if not self._window.holds(inputs):
+            self._begin(Window([inputs], num_items_in_batch))
         base_inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         try:
             if self._meta_step_is_due():
@@ -201,13 +202,37 @@ class MetaTrainer(Trainer):
                 self._base_step_follows = len(self._window.batches) == 1 and not self.args.share_candidates
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
+            if self.meta_module.has_loss_door:
+                self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
                 loss = super().training_step(model, base_inputs, num_items_in_batch)
             self._observe_objective(loss)
-            return loss
+            return self._normalized(loss) if self._normalizers else loss
         finally:
             self._base_step_follows = False
             self._shared_forward.clear()
+
+    def _begin(self, window: Window) -> None:
+        """A new optimizer step."""
+        self._window, self._step_sum = window, TermSum()
+
+    @property
+    def _sums_quotients(self) -> bool:
+        """Whether the objective is a quotient whose parts are sums over several batches."""
+        several = len(self._window.batches) > 1 or self.args.world_size > 1
+        return several and self.meta_module.has_loss_door and self.meta_module.has_normalizer
+
+    def _normalized(self, loss: Tensor) -> Tensor:
+        """A micro-batch's share in the objective of the optimizer step; the last one completes the gradient."""
+        self._step_sum.add([loss, self._normalizers.pop()], [])
+        if not self.accelerator.sync_gradients:
+            return loss
+        numerator, denominator = self._step_sum.values
+        denominator = self._mean_over_replicas(denominator)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, denominator)
+        # What the micro-batches before this one gave has been added to the log already.
+        return numerator / denominator - (numerator - loss)
 
     def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
         """Update the meta module once along its hypergradient.
@@ -315,12 +340,14 @@ class MetaTrainer(Trainer):
 
     def _train_term(
         self, model: nn.Module, theta: list[nn.Parameter], rest: list[nn.Parameter], batch: Batch, window: Window
-    ) -> Loss:
+    ) -> TrainLoss:
         """A micro-batch's share in the training loss, as the base step has it; its evaluations share what they can."""
 
-        def objective(reference: Batch) -> Tensor:
+        def objective(reference: Batch) -> Tensor | tuple[Tensor, Tensor]:
             with self._open_doors(reference), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, dict(batch), num_items_in_batch=window.num_items)
+            if self._normalizers:
+                return loss, self._normalizers.pop()
             return loss if self._loss_is_scaled(window.num_items) else loss / len(window.batches)
 
         def forward_pass() -> None:
@@ -336,10 +363,10 @@ class MetaTrainer(Trainer):
             with self._without_trace(model), torch.no_grad(), self._shared_forward.evaluation():
                 objective(reference)
 
-        def train_loss() -> Tensor:
+        def train_loss() -> Tensor | tuple[Tensor, Tensor]:
             with self._shared_forward.evaluation():
                 loss = objective(reference)
-            self._check_path(loss)
+            self._check_path(loss[0] if isinstance(loss, tuple) else loss)
             return loss
 
         return train_loss
@@ -422,7 +449,13 @@ class MetaTrainer(Trainer):
         if self.meta_module.reference_losses:
             batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
         loss = self.meta_module.reduce(losses, batch, outputs)
-        if num_items_in_batch is not None:
+        normalizer = self.meta_module.normalizer(losses, batch) if self._sums_quotients else None
+        if normalizer is not None:
+            # A constant that keeps the loss in the order of a mean.
+            normalizer = normalizer / (len(self._window.batches) * self.args.train_batch_size)
+            self._normalizers.append(normalizer)
+            loss = loss * normalizer
+        elif num_items_in_batch is not None:
             loss = loss * self._share_of_items(batch["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -467,6 +500,7 @@ class MetaTrainer(Trainer):
     def _open_doors(self, reference: Batch) -> Iterator[None]:
         """Let the meta module take part; `reference` keeps what all evaluations of one batch are to share."""
         self._reference = reference
+        self._normalizers.clear()
         try:
             yield
         finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, send_to_device
 
-from meta_trainer.hypergrad import Loss, RandomState
+from meta_trainer.hypergrad import RandomState, TrainLoss
 from meta_trainer.modules import Batch
 
 
@@ -29,17 +29,21 @@ class Window:
         """Whether this very object is the first batch."""
         return bool(self.batches) and self.batches[0] is batch
 
-    def terms(self, term: Callable[[Batch], Loss]) -> Iterable[Loss]:
+    def holds(self, batch: Batch) -> bool:
+        """Whether this very object is among the batches."""
+        return any(known is batch for known in self.batches)
+
+    def terms(self, term: Callable[[Batch], TrainLoss]) -> Iterable[TrainLoss]:
         """What `term` gives for each batch, when it is asked for, any number of times."""
         return _Terms(self.batches, term)
 
 
 @dataclass(frozen=True)
-class _Terms(Iterable[Loss]):
+class _Terms(Iterable[TrainLoss]):
     batches: list[Batch]
-    term: Callable[[Batch], Loss]
+    term: Callable[[Batch], TrainLoss]
 
-    def __iter__(self) -> Iterator[Loss]:
+    def __iter__(self) -> Iterator[TrainLoss]:
         return map(self.term, self.batches)
 
 

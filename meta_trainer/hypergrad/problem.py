@@ -10,6 +10,9 @@ from torch import Tensor
 Loss = Callable[[], Tensor]
 """A function ``() -> scalar`` of what theta and the meta-parameters are when it is called."""
 
+TrainLoss = Callable[[], Tensor | tuple[Tensor, Tensor]]
+"""A :data:`Loss`, or a function ``() -> (numerator, denominator)`` whose second value does not depend on theta."""
+
 
 def identity(tensor: Tensor) -> Tensor:
     """Return `tensor`: the mean over replicas when there is only one."""
@@ -29,7 +32,9 @@ class BilevelProblem:
         meta_params: Leaf tensors :math:`\lambda`.
         train_loss: ``() -> scalar``, reads `theta` and `meta_params` as they stand. Or several such functions, whose
             sum is the training loss: the micro-batches of an accumulated one. Each is done with before the next one is
-            asked for, so that memory holds the graph of one at a time; they may be asked for more than once.
+            asked for, so that memory holds the graph of one at a time; they may be asked for more than once. Where they
+            return two scalars, numerator and denominator, the training loss is the quotient of the sums over functions
+            and replicas: a weighted mean whose weights are normalised over all examples.
         val_loss: ``() -> scalar``, reads `theta` as it stands. What it reads of `meta_params` is the direct term.
         state: Tensors that a forward pass may change, such as the running statistics of batch normalisation. Every
             evaluation of a loss starts from their present values, and they are given back bit for bit.
@@ -54,7 +59,7 @@ class BilevelProblem:
 
     theta: Sequence[Tensor]
     meta_params: Sequence[Tensor]
-    train_loss: Loss | Iterable[Loss]
+    train_loss: TrainLoss | Iterable[TrainLoss]
     val_loss: Loss
     state: Sequence[Tensor] = ()
     intermediates: Sequence[tuple[Tensor, Tensor]] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
+from meta_trainer.hypergrad.term_sums import TermSum, added, scaled
 
 
 def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | None = None) -> Hypergradient:
@@ -51,8 +52,13 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
         sandbox.differentiate_theta(True)
         # The graph of one term is kept over the validation pass; those of several are recorded once more after it.
         recorded = [] if sandbox.has_terms else [next(_inner_gradients(sandbox, create_graph=True))]
-        train_loss, local_slopes = _added_up(recorded or _inner_gradients(sandbox))
-        slopes = [problem.mean(slope) for slope in local_slopes]
+        inner = TermSum()
+        for parts, gradient in recorded or _inner_gradients(sandbox):
+            inner.add(parts, [[part.detach() for part in gradient]])
+        numerator, *rest = problem.mean(torch.stack(inner.values))  # [1], or [2] with a denominator
+        denominator = rest[0] if rest else torch.ones_like(numerator)
+        train_loss = numerator / denominator
+        slopes = [problem.mean(part) / denominator.to(part) for part in inner.grads[0] if part is not None]
         displacement = step.displacement(slopes)
 
         sandbox.move_to(sandbox.blocks.flatten(displacement))
@@ -62,38 +68,48 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
         sandbox.move_back()
         theta_grad = [problem.mean(grad) for grad in validation.theta_grad]
         direction = step.precondition(theta_grad, slopes)
-        total, train_grads = validation.direct, tuple(torch.zeros_like(t) for t in problem.meta_params)
-        for loss, gradient in recorded or _inner_gradients(sandbox, create_graph=True):
+        slope = inner_product(slopes, direction)
+        first, second = TermSum(), TermSum()
+        for parts, gradient in recorded or _inner_gradients(sandbox, create_graph=True):
             if problem.with_train_grads:
-                first = sandbox.gradient(loss, problem.meta_params, retain_graph=True)
-                train_grads = tuple(torch._foreach_add(train_grads, first))
-            mixed = sandbox.gradient(inner_product(gradient, direction), problem.meta_params)
-            total = torch._foreach_sub(total, mixed)
+                objective = _share(parts, train_loss, denominator)
+                first.add([objective], [sandbox.gradient(objective, problem.meta_params, retain_graph=True)])
+            along = _share([inner_product(gradient, direction), *parts[1:]], slope, denominator)
+            second.add([along], [sandbox.gradient(along, problem.meta_params)])
+        total = added(validation.direct, scaled(second.grads[0], -torch.ones_like(slope)))
         score = inner_product(theta_grad, displacement)
     return Hypergradient(
-        grads=tuple(problem.mean(grad) for grad in total),
+        grads=tuple(problem.mean(grad) for grad in total if grad is not None),
         val_loss=problem.mean(validation.loss),
-        train_losses=problem.mean(train_loss[None]),
+        train_losses=train_loss[None],
         weights=torch.ones_like(train_loss[None]),
         scores=score[None],
         val_loss_change=score,
-        train_grads=train_grads if problem.with_train_grads else (),
+        train_grads=tuple(grad for grad in first.grads[0] if grad is not None) if first.grads else (),
     )
 
 
-def _inner_gradients(sandbox: Sandbox, create_graph: bool = False) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
-    """Each term of the training loss, and its gradient by theta."""
+def _inner_gradients(
+    sandbox: Sandbox, create_graph: bool = False
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Each term of the training loss, and the gradient of its value or numerator by theta."""
+    theta = sandbox.problem.theta
     for term in sandbox.train_terms():
-        loss = sandbox.train_loss(term)
-        yield loss, sandbox.gradient(loss, sandbox.problem.theta, create_graph=create_graph)
+        parts = sandbox.train_loss(term)
+        for denominator in parts[1:]:
+            _check_independent(denominator, theta)
+        yield parts, sandbox.gradient(parts[0], theta, create_graph=create_graph)
 
 
-def _added_up(terms: Iterable[tuple[Tensor, tuple[Tensor, ...]]]) -> tuple[Tensor, list[Tensor]]:
-    """Sums of losses and of gradients, without their graphs."""
-    total = torch.zeros(())
-    slopes: list[Tensor] = []
-    for loss, gradient in terms:
-        total = loss.detach() + total.to(loss)
-        parts = [part.detach() for part in gradient]
-        slopes = [so_far + part for so_far, part in zip(slopes, parts, strict=True)] if slopes else parts
-    return total, slopes
+def _check_independent(denominator: Tensor, theta: Sequence[Tensor]) -> None:
+    if denominator.requires_grad:
+        grads = torch.autograd.grad(denominator, theta, retain_graph=True, allow_unused=True)
+        if any(grad is not None for grad in grads):
+            raise ValueError("The denominator of `train_loss` should not depend on theta. Detach what it reads of it.")
+
+
+def _share(parts: Sequence[Tensor], quotient: Tensor, denominator: Tensor) -> Tensor:
+    """What has a quotient's derivative, as the sum over its terms: numerator and denominator of one, if it has one."""
+    if len(parts) == 1:
+        return parts[0]
+    return (parts[0] - quotient * parts[1]) / denominator
