@@ -1,4 +1,4 @@
-"""What each of two processes does in `test_sharded.py`: FOLDER ENGINE; writes what it found to FOLDER/ENGINE-RANK.pt."""
+"""What each of two processes does in `test_sharded.py`: FOLDER ENGINE; its findings go to FOLDER/ENGINE-RANK.pt."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ from typing import Any
 import torch
 from accelerate import state as accelerate_state
 from accelerate.utils import DistributedType
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed.tensor import DTensor
-from transformers import Trainer, TrainingArguments
-
-TESTS = Path(__file__).parent.parent
-sys.path.append(str(TESTS / "trainer"))
-
-from tiny import (  # the path has to be known first
+from tiny import (
     NUM_META,
     HiddenShift,
     IdentityModule,
@@ -31,6 +23,10 @@ from tiny import (  # the path has to be known first
     tiny_bert,
     weight_net,
 )
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
 
 from meta_trainer import MetaTrainer, MetaTrainingArguments, estimation
 from meta_trainer.hypergrad import evograd
@@ -83,9 +79,9 @@ def let_fsdp_run_on_the_cpu() -> None:
 
 
 class Recorder(MetaTrainer):
-    """Keeps the hypergradients; breaks its second meta step off on request."""
+    """Keeps the hypergradients; breaks its second meta step off on request, "between" passes or "inside" of one."""
 
-    breaks = False
+    breaks = ""
 
     def meta_step(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         self.results: list[Any] = getattr(self, "results", [])
@@ -98,13 +94,21 @@ class Recorder(MetaTrainer):
         return self.results[-1]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
         self.num_evaluations = getattr(self, "num_evaluations", 0) + 1
-        if self.breaks and self.num_evaluations == 2 and len(self.results) == 1:
-            raise ArithmeticError("on purpose")
-        return loss
+        due = self.num_evaluations == 2 and len(self.results) == 1
+        if due and self.breaks == "inside":
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            hook = model.bert.encoder.layer[0].output.register_forward_hook(_fail)
+            try:
+                return super().compute_loss(*args, **kwargs)
+            finally:
+                hook.remove()
+        loss = super().compute_loss(*args, **kwargs)
+        return _fail() if due and self.breaks == "between" else loss
 
 
+def _fail(*call: Any) -> Any:
+    raise ArithmeticError("on purpose")
 
 
 def cut(engine: str, whole: Tensor) -> Tensor:
@@ -169,7 +173,8 @@ class Child:
         dropout: float = 0.0,
         resume: str | None = None,
         folder: str | None = None,
-        breaks: bool = False,
+        breaks: str = "",
+        freezes: bool = False,
         **settings: Any,
     ) -> dict[str, Any]:
         self.number += 1
@@ -178,12 +183,14 @@ class Child:
         defaults = {"optim": "sgd", "learning_rate": 0.1, "max_steps": 3, "logging_steps": 1}
         args = arguments(output, kind, **{**defaults, **settings, **engine_settings(self.engine, self.folder)})
         data: dict[str, Any] = {"train_dataset": sentences(24, 1)}
+        model = tiny_bert(dropout)
+        model.bert.embeddings.requires_grad_(not freezes)
         trainer: Any
         if modules is None:
-            trainer = Trainer(tiny_bert(dropout), args, **data)
+            trainer = Trainer(model, args, **data)
         else:
             meta = {"meta_module": modules(), "meta_dataset": sentences(NUM_META, 2)}
-            trainer = Recorder(tiny_bert(dropout), args, **data, **meta)
+            trainer = Recorder(model, args, **data, **meta)
             trainer.breaks = breaks
         trainer.train(resume_from_checkpoint=resume)
         return self.report(trainer)
@@ -224,6 +231,8 @@ HEAD = ["classifier.weight", "classifier.bias"]
 
 def scenarios(child: Child) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
+    if child.engine in ("ddp", "zero1", "zero2"):
+        found["t1t2"] = child.train(both, hypergradient="t1t2")
     if child.engine != "fsdp2_sharded":
         given = {"num_candidates": 3, "temperature": 0.05}
         with given_noise(child.engine, None):
@@ -233,6 +242,9 @@ def scenarios(child: Child) -> dict[str, dict[str, Any]]:
             found["given_head"] = child.train(both, perturb=["head"], **given)
         found["guided"] = child.train(both, noise="guided")
         found["finite_difference"] = child.train(both, hypergradient="finite_difference")
+        found["frozen"] = child.train(both, noise="guided", freezes=True)
+        checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+        found["checkpointed"] = child.train(both, noise="guided", **checkpointing)
         found["sign"] = child.train(both, relative_sigma=True, antithetic=True, num_candidates=4, sigma=0.05)
         for steps in (1, 2):
             settings = {"dropout": 0.1, "gradient_accumulation_steps": steps, "optim": "adamw_torch"}
@@ -241,7 +253,8 @@ def scenarios(child: Child) -> dict[str, dict[str, Any]]:
             found[f"identity_{steps}"] = child.train(IdentityModule, **still)
             found[f"shift_{steps}"] = child.train(no_shift, hypergradient="finite_difference", **still)
             found[f"head_{steps}"] = child.train(no_shift, perturb=["head"], **still)
-            found[f"broken_{steps}"] = child.train(no_shift, breaks=True, **still)
+            found[f"between_{steps}"] = child.train(no_shift, breaks="between", **still)
+            found[f"inside_{steps}"] = child.train(no_shift, breaks="inside", noise="guided", **still)
         if not child.engine.startswith("zero"):
             found["accumulated"] = child.train(both, gradient_accumulation_steps=2, noise="guided")
     saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "noise": "guided", "meta_learning_rate": 0.05}
