@@ -335,6 +335,8 @@ class MetaTrainer(Trainer):
         sharded = None if engine is None else engine.select(theta)
         # A forward pass under such an engine is tied to the backward pass that follows it.
         shares = sharded is None and self.args.hypergradient != "t1t2"
+        if sharded is not None and rest:
+            logger.warning_once("Every candidate of a meta step runs the whole base model: its parameters are spread.")
         terms = window.terms(lambda batch: self._train_term(model, theta, rest, batch, window, shares))
         args = self.args
         return BilevelProblem(

@@ -79,7 +79,6 @@ class Sandbox:
             for tensor in (*self._recorded, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
-            stack.callback(self._refresh)
             stack.callback(self.move_back)
             stack.enter_context(torch.enable_grad())
             for tensor in problem.meta_params:
@@ -154,7 +153,6 @@ class Sandbox:
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
-        self._refresh()
         for tensor in self._recorded:
             tensor.requires_grad_(needed)
 

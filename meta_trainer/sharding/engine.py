@@ -1,15 +1,14 @@
-"""What the meta step asks of an engine that spreads the parameters, and which engine it is that a model runs under."""
+"""What the meta step asks of an engine that spreads the parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from meta_trainer.hypergrad import Sharding
@@ -34,30 +33,6 @@ class ShardingEngine(Protocol):
 
     def select(self, parameters: Sequence[nn.Parameter]) -> ShardedParameters:
         """The shards of some of the parameters."""
-
-
-def find_engine(model: nn.Module, wrapped: Any) -> ShardingEngine | None:
-    """The engine that spreads the parameters of a model; None where every process has all of them.
-
-    Args:
-        model: The base model, unwrapped.
-        wrapped: What the base step runs.
-
-    Raises:
-        ValueError: If the model is partitioned already, and the engine that knows about it is not there yet.
-    """
-    # Imported here, as either engine may be missing.
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        from meta_trainer.sharding.fsdp2 import Fsdp2
-
-        return Fsdp2(model)
-    if any(hasattr(parameter, "ds_tensor") for parameter in model.parameters()):
-        from meta_trainer.sharding.zero3 import Zero3
-
-        if not hasattr(wrapped, "optimizer"):
-            raise ValueError("Under DeepSpeed ZeRO-3 a meta step needs the engine that `train` makes. Call that first.")
-        return Zero3(wrapped)
-    return None
 
 
 @contextmanager

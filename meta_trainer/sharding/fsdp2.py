@@ -21,11 +21,12 @@ class Fsdp2:
         model: To whose submodules and which itself `fully_shard` was applied.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model: Any = model
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self._units: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
         # FSDP2 sets itself up in its first forward pass, and takes what is frozen then for frozen for good.
-        model._get_fsdp_state()._lazy_init()  # type: ignore[operator]
+        self._model._get_fsdp_state()._lazy_init()
+        self._groups = [group for unit in self._units for group in _groups(unit)]
 
     def refresh(self) -> None:
         """Reshard, also the outermost unit, which keeps its whole parameters after a forward pass."""
@@ -39,23 +40,22 @@ class Fsdp2:
             self._model.reset_iter_state()
 
     def select(self, parameters: Sequence[nn.Parameter]) -> Fsdp2Parameters:
-        """The shards of some of the parameters."""
+        """The shards of some of the parameters.
+
+        Raises:
+            ValueError: If gradients of earlier micro-batches wait to be averaged, which a backward pass would add to.
+        """
+        if any(_waits(p) for group in self._groups for p in group.fsdp_params):
+            raise ValueError(
+                "Under FSDP2 a meta step should come before the first micro-batch of an optimizer step, but gradients "
+                "of earlier ones wait to be averaged. Call `meta_step` between optimizer steps."
+            )
         return Fsdp2Parameters(self, parameters)
 
     @contextmanager
     def reducing_gradients(self) -> Iterator[None]:
-        """Average gradients over the processes, also where the base step is to do so later.
-
-        Raises:
-            ValueError: If gradients of earlier micro-batches wait to be averaged.
-        """
-        groups = [group for unit in self._units for group in _groups(unit)]
-        if any(p.unsharded_accumulated_grad is not None for group in groups for p in group.fsdp_params):
-            raise ValueError(
-                "Under FSDP2 a meta step should come before the first micro-batch of an optimizer step, but gradients "
-                "of earlier ones wait for it. Call `meta_step` between optimizer steps."
-            )
-        found = [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
+        """Average gradients over the processes, also where the base step is to do so later."""
+        found = [(group, group.reduce_grads, group.all_reduce_grads) for group in self._groups]
         self._model.set_requires_gradient_sync(True)
         try:
             yield
@@ -114,6 +114,12 @@ def _groups(unit: Any) -> list[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _waits(parameter: Any) -> bool:
+    """Whether a gradient of the whole parameter was kept by a backward pass that averages none."""
+    whole = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None)
 
 
 def _as_sharded(parameter: Tensor) -> DTensor:

@@ -82,6 +82,17 @@ class Recorder(MetaTrainer):
     """Keeps the hypergradients; breaks its second meta step off on request, "between" passes or "inside" of one."""
 
     breaks = ""
+    is_late = False
+    refusal = ""
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        if self.is_late and getattr(self, "num_batches", 0) % 2 == 1:
+            try:
+                super().meta_step(model, inputs)
+            except ValueError as error:
+                self.refusal = str(error)
+        self.num_batches = getattr(self, "num_batches", 0) + 1
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def meta_step(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         self.results: list[Any] = getattr(self, "results", [])
@@ -175,6 +186,7 @@ class Child:
         folder: str | None = None,
         breaks: str = "",
         freezes: bool = False,
+        is_late: bool = False,
         **settings: Any,
     ) -> dict[str, Any]:
         self.number += 1
@@ -191,7 +203,7 @@ class Child:
         else:
             meta = {"meta_module": modules(), "meta_dataset": sentences(NUM_META, 2)}
             trainer = Recorder(model, args, **data, **meta)
-            trainer.breaks = breaks
+            trainer.breaks, trainer.is_late = breaks, is_late
         trainer.train(resume_from_checkpoint=resume)
         return self.report(trainer)
 
@@ -205,6 +217,7 @@ class Child:
             "spread": sorted({type(p).__name__ for p in model.parameters()} | _marks(model)),
             "results": [r and {**{f: getattr(r, f) for f in fields}, "grads": list(r.grads)} for r in results],
             "losses": [log["loss"] for log in trainer.state.log_history if "loss" in log],
+            "refusal": getattr(trainer, "refusal", ""),
             "theta": whole(trainer),
             "lambda": {} if not hasattr(trainer, "results") else snapshot(trainer.meta_module),
             "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
@@ -255,6 +268,7 @@ def scenarios(child: Child) -> dict[str, dict[str, Any]]:
             found[f"head_{steps}"] = child.train(no_shift, perturb=["head"], **still)
             found[f"between_{steps}"] = child.train(no_shift, breaks="between", **still)
             found[f"inside_{steps}"] = child.train(no_shift, breaks="inside", noise="guided", **still)
+        found["late"] = child.train(no_shift, is_late=True, **still)
         if not child.engine.startswith("zero"):
             found["accumulated"] = child.train(both, gradient_accumulation_steps=2, noise="guided")
     saved = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "noise": "guided", "meta_learning_rate": 0.05}

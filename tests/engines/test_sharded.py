@@ -119,6 +119,14 @@ def test_a_meta_step_leaves_no_trace_also_one_that_fails(runs, engine, run, accu
         assert failed == [False, run in ("between", "inside"), False]
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_meta_step_between_micro_batches_leaves_no_trace_or_is_refused(runs, engine):
+    for process in runs(engine):
+        assert_equal(process["late"]["theta"], process["plain_2"]["theta"])
+        refused = "a meta step should come before the first micro-batch" in process["late"]["refusal"]
+        assert refused == (engine == "fsdp2")
+
+
 @pytest.mark.parametrize("engine", [*ENGINES, "fsdp2_sharded"])
 def test_a_resumed_run_ends_in_the_same_bytes(runs, engine):
     for process in runs(engine):
