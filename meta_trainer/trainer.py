@@ -316,9 +316,14 @@ class MetaTrainer(Trainer):
         window: Window,
         meta_batch: Batch,
     ) -> BilevelProblem:
+        num_items = None
+        if self.args.world_size > 1:
+            # Replicas may have differing numbers of tokens; in their mean, each counts as Trainer has it count.
+            _, num_items = super().get_batch_samples(iter([meta_batch]), 1, self.args.device)
+
         def val_loss() -> Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(meta_batch))
+                return self.compute_loss(model, dict(meta_batch), num_items_in_batch=num_items)
 
         terms = window.terms(lambda batch: self._train_term(model, theta, rest, batch, window))
         args = self.args
@@ -588,7 +593,8 @@ class MetaTrainer(Trainer):
                 f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
             )
             return
-        state = torch.load(file, map_location=self.args.device, weights_only=True)
+        # Optimizers put their states where the parameters are; a device of the CPU has no number here.
+        state = torch.load(file, map_location="cpu", weights_only=True)
         self.meta_optimizer.load_state_dict(state["optimizer"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
