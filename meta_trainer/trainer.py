@@ -506,6 +506,8 @@ class MetaTrainer(Trainer):
 
     def _load_meta_module(self, folder: str) -> None:
         if self.meta_module is not None:
+            # The file holds the averages of a schedule-free optimizer.
+            set_training_mode(self.meta_optimizer, False)
             self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
 
     def _meta_state(self) -> dict[str, Any]:
