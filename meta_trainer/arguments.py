@@ -72,6 +72,13 @@ class MetaTrainingArguments(TrainingArguments):
             "base optimizer's own next step (SGD, Adam, AdamW)."
         },
     )
+    share_candidates: bool = field(
+        default=False,
+        metadata={
+            "help": "Several processes deal the candidates out among themselves and evaluate them on the train batch "
+            "of the first process, instead of all candidates on a batch of their own each."
+        },
+    )
     perturb: list[str] = field(
         default_factory=lambda: ["all"],
         metadata={
@@ -186,6 +193,8 @@ class MetaTrainingArguments(TrainingArguments):
                 f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
                 f"{self.noise!r}."
             )
+        if self.share_candidates and self.hypergradient == "t1t2":
+            raise ValueError("`share_candidates` needs candidates, of which hypergradient='t1t2' has none.")
         if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):
             raise ValueError(
                 "`relative_sigma` and `guidance` do not go with inner_step='optimizer', which has a scale of its own."

@@ -73,13 +73,14 @@ class SharedForward:
         compiled: Whether the base step runs a compiled model, which starts from nobody's results.
 
     Attributes:
-        intermediates: `BilevelProblem.intermediates`, known after the first evaluation.
+        intermediates: `BilevelProblem.intermediates` of the present batch, known after the first evaluation.
     """
 
     def __init__(self, device: torch.device, compiled: bool = False) -> None:
         self._device, self._compiled = device, compiled
         self._key: object = None
         self._plan = _Plan()
+        self.intermediates: list[tuple[Tensor, Tensor]] = []
         self.clear()
 
     def clear(self) -> None:
@@ -88,7 +89,7 @@ class SharedForward:
         self._modules: Sequence[nn.Module] = ()
         self._trainable: Sequence[nn.Parameter] = ()
         self._results: dict[Call, _Result] = {}
-        self.intermediates: list[tuple[Tensor, Tensor]] = []
+        self.intermediates.clear()
 
     def prepare(
         self,
@@ -137,7 +138,7 @@ class SharedForward:
     def base_step(self) -> Iterator[None]:
         """Around the base step on the batch; keeps no more than it needs."""
         self._results = {call: result for call, result in self._results.items() if call in self._plan.by_base_step}
-        self.intermediates = []
+        self.intermediates.clear()
         with self._answering(tuple(self._results), lambda call, run: self._replay(call).output):
             yield
 

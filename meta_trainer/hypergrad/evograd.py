@@ -107,8 +107,7 @@ def evograd(
         scale, offset = shape.scale(sandbox.blocks), shape.offset(sandbox.blocks)
         perturbations = Perturbations(noise, problem.theta, num_candidates, length, seed, layout, scale, guide, offset)
 
-        losses, meta_grads = sandbox.evaluate_candidates(perturbations)
-        losses = problem.mean(losses)  # [K]
+        losses, meta_grads = sandbox.evaluate_candidates(perturbations)  # [K]
         tau = _temperature(temperature, losses)
         weights = torch.softmax(-losses / tau, dim=0)  # [K]
         if validation is None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
+from torch import Tensor
 
 from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
@@ -55,19 +58,31 @@ def finite_difference(
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, length / norm, torch.ones_like(norm))
 
-        sides = ((block * side for block in blocks.flatten(direction)) for side in (radius, -radius))
-        losses, meta_grads = sandbox.evaluate_candidates(sides)
+        sides = _Sides(lambda side: (block * side for block in blocks.flatten(direction)), (radius, -radius))
+        losses, meta_grads = sandbox.evaluate_candidates(sides)  # [2]
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
         train_grads = sandbox.train_grads(meta_grads)
         drift_change = sandbox.slope(validation.theta_grad, drift)
-    train_losses = problem.mean(losses)  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
         val_loss=validation.loss,
-        train_losses=train_losses,
-        weights=torch.full_like(train_losses, 0.5),
+        train_losses=losses,
+        weights=torch.full_like(losses, 0.5),
         scores=torch.stack([radius, -radius]) * slope,
-        val_loss_change=coefficients.to(train_losses) @ train_losses + drift_change.to(train_losses),
+        val_loss_change=coefficients.to(losses) @ losses + drift_change.to(losses),
         train_grads=train_grads,
     )
+
+
+class _Sides(Sequence[Iterator[Tensor]]):
+    """Displacements of several lengths along a direction, computed anew at every access."""
+
+    def __init__(self, along: Callable[[Tensor], Iterator[Tensor]], lengths: Sequence[Tensor]) -> None:
+        self._along, self._lengths = along, lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, k: int) -> Iterator[Tensor]:  # type: ignore[override]
+        return self._along(self._lengths[k])

@@ -60,6 +60,11 @@ class MetaModuleList(MetaModule):
         """Whether a member uses the loss door."""
         return any(member.has_loss_door for member in self)
 
+    @property
+    def has_normalizer(self) -> bool:
+        """Whether the member that uses the loss door has one."""
+        return any(member.has_normalizer for member in self if member.has_loss_door)
+
     def transform_batch(self, batch: Batch) -> Batch:
         """Each member transforms what the one before it gave."""
         for member in self:
@@ -80,6 +85,10 @@ class MetaModuleList(MetaModule):
             if member.has_loss_door:
                 return member.reduce(losses, batch, outputs)
         return super().reduce(losses, batch, outputs)
+
+    def normalizer(self, losses: Tensor, batch: Batch) -> Tensor | None:
+        """That of the member that uses the loss door."""
+        return next((member.normalizer(losses, batch) for member in self if member.has_loss_door), None)
 
     def check_model(self, model: nn.Module) -> None:
         """Ask every member."""

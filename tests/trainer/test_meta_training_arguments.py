@@ -170,6 +170,7 @@ COMMAND_LINE = {
     "relative_sigma": ("true", True),
     "guidance": ("0.5", 0.5),
     "inner_step": ("sgd", "sgd"),
+    "share_candidates": ("false", False),
     "perturb": ("classifier.* bert.pooler.*", ["classifier.*", "bert.pooler.*"]),
     "meta_every": ("3", 3),
     "meta_learning_rate": ("1e-4", 1e-4),
