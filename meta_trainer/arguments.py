@@ -12,6 +12,7 @@ from meta_trainer.hypergrad import AUTO, DEFAULT_SIGMA, NOISE_NAMES, Layout, che
 
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
 INNER_STEPS = ("sgd", "optimizer")
+MODEL_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
 GUARDS = ("none", "ascent", "change")
 
 
@@ -128,11 +129,15 @@ class MetaTrainingArguments(TrainingArguments):
         if isinstance(self.perturb, str):
             self.perturb = [self.perturb]
         self._choose_defaults()
+        self.check_meta_settings()
+        super().__post_init__()
+
+    def check_meta_settings(self) -> None:
+        """Raise a ValueError if a meta setting is out of range, or does not go with the others."""
         if isinstance(self.temperature, str) and self.temperature != AUTO:
             self.temperature = _number("temperature", self.temperature)
         self._check_names()
         self._check_ranges()
-        super().__post_init__()
 
     def _choose_defaults(self) -> None:
         guided = self.hypergradient == "evograd" and self.noise == "guided"
@@ -153,6 +158,11 @@ class MetaTrainingArguments(TrainingArguments):
         ):
             if str(value) not in known:
                 raise ValueError(f"`{name}` should be one of {', '.join(known)}, got {value!r}.")
+        if any(str(self.meta_optim).startswith(kind) for kind in MODEL_OPTIMIZERS):
+            raise ValueError(
+                f"`meta_optim` should be an optimizer that does not depend on a model, got {self.meta_optim!r}. The "
+                "default is 'adamw_torch'."
+            )
         if not self.perturb or not all(self.perturb):
             raise ValueError("`perturb` should be 'all', 'head' or a list of name patterns, got an empty one.")
         if len(self.perturb) > 1 and {"all", "head"} & set(self.perturb):

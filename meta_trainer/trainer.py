@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.diagnostics import Diagnostics
+from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
 from meta_trainer.frozen import frozen
 from meta_trainer.guard import guarded, shorten_step
@@ -31,12 +32,17 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import (
+    apply_hypergradient,
+    create_meta_optimizer,
+    create_meta_scheduler,
+)
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
 from meta_trainer.overlap import overlap
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
+from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.scope import select_parameters
 from meta_trainer.shared_forward import SharedForward
 from meta_trainer.window import Window, from_first_process
@@ -110,8 +116,7 @@ class MetaTrainer(Trainer):
         meta_dataset: Dataset[Any] | None,
         per_example_loss: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
-        self._refuse_engines()
-        self.args.check_activation_checkpointing()
+        check_engine(self, self.model, self.args, meta_module)
         check_base_optimizer(self.args, self.optimizer)
         self._check_sharing()
         if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
@@ -128,24 +133,34 @@ class MetaTrainer(Trainer):
 
         self.meta_module = meta_module.to(self.args.device)
         self._broadcast_meta_module()
+        self._meta_dataset = meta_dataset
+        smoothing = self.args.label_smoothing_factor
+        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
+        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
+        self._reference: Batch | None = None  # None while the doors are shut
+        self._base_step_follows = False
+        self._compiled = is_compiled(self, self.model)
+        # A model from `model_init` starts anew with every `train()`, and the meta module with it.
+        initial = {} if self.model_init is None else meta_module.state_dict()
+        self._initial_meta_module = {name: value.detach().to("cpu", copy=True) for name, value in initial.items()}
+        self._start_meta_training()
+        self.add_callback(UseAverages(lambda: self.meta_optimizer))
+
+    def _start_meta_training(self) -> None:
+        """Set up all that meta steps leave behind, by the present settings."""
         self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
-        smoothing = self.args.label_smoothing_factor
-        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
-        self.meta_data = None if meta_dataset is None else self._create_meta_data(meta_dataset)
+        self.meta_data = None if self._meta_dataset is None else self._create_meta_data(self._meta_dataset)
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
         self._path_checked = False
         self._last_objective: Tensor | None = None
-        self._reference: Batch | None = None  # None while the doors are shut
-        self._shared_forward = SharedForward(self.args.device)
-        self._base_step_follows = False
+        self._shared_forward = SharedForward(self.args.device, compiled=self._compiled)
         self._window = Window([])
         self._normalizers: list[Tensor] = []  # of the evaluation under way
         self._step_sum = TermSum()  # of the base step's micro-batches
-        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
 
@@ -156,17 +171,6 @@ class MetaTrainer(Trainer):
                 f"With `share_candidates`, {self.args.world_size} processes need as many candidates, got {number}. Set "
                 "`num_candidates` to a multiple of the number of processes."
             )
-
-    def _refuse_engines(self) -> None:
-        for used, engine in (
-            (self.is_deepspeed_enabled, "DeepSpeed"),
-            (self.is_fsdp_enabled, "FSDP"),
-            (self.args.n_gpu > 1, "torch.nn.DataParallel"),
-        ):
-            if used:
-                raise NotImplementedError(
-                    f"A meta step does not run under {engine}. Start one process per device with `accelerate launch`."
-                )
 
     def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
         collate = self._get_collator_with_removed_columns(self.data_collator, description="meta")
@@ -200,6 +204,9 @@ class MetaTrainer(Trainer):
             if self._meta_step_is_due():
                 # Memory holds the graph of one micro-batch at a time.
                 self._base_step_follows = len(self._window.batches) == 1 and not self.args.share_candidates
+                # As the base step does: schedule-free optimizers train other parameters than they evaluate.
+                set_training_mode(self.optimizer, True)
+                set_training_mode(self.meta_optimizer, True)
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
             if self.meta_module.has_loss_door:
@@ -250,7 +257,8 @@ class MetaTrainer(Trainer):
         """
         if self.meta_module is None:
             raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
-        base_model = self.accelerator.unwrap_model(model)
+        # Of a compiled model, the one inside: it heeds hooks and has second derivatives.
+        base_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         window = self._window if self._window.begins_with(inputs) else Window([inputs])
         with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
             window, meta_batch = self._meta_step_batches(window)
@@ -528,6 +536,24 @@ class MetaTrainer(Trainer):
             self._last_meta_step_at = None
         return scheduler
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model, as in Trainer; the meta module starts anew with it, from where it was handed over."""
+        model = super().call_model_init(trial)
+        if self.meta_module is not None:
+            self.meta_module.load_state_dict(self._initial_meta_module)
+            self._start_meta_training()
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.meta_module is not None and trial is not None:
+            # A trial sets attributes, which no one has looked at.
+            self.args.check_meta_settings()
+            check_engine(self, self.model, self.args, self.meta_module)
+            check_base_optimizer(self.args, self.optimizer)
+            self._check_sharing()
+            self._start_meta_training()
+
     def _broadcast_meta_module(self) -> None:
         """Start every replica from the parameters of the first one."""
         if self.args.world_size > 1:
@@ -547,7 +573,8 @@ class MetaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
-            self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            with averages(self.meta_optimizer):
+                self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -572,10 +599,13 @@ class MetaTrainer(Trainer):
 
     def _load_meta_module(self, folder: str) -> None:
         if self.meta_module is not None:
+            # The file holds the averages of a schedule-free optimizer.
+            set_training_mode(self.meta_optimizer, False)
             self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
 
     def _meta_state(self) -> dict[str, Any]:
         return {
+            "iterates": iterates(self.meta_optimizer),
             "optimizer": self.meta_optimizer.state_dict(),
             "scheduler": self.meta_lr_scheduler.state_dict(),
             "scaler": self.meta_scaler.state_dict(),
@@ -596,6 +626,7 @@ class MetaTrainer(Trainer):
         # Optimizers put their states where the parameters are; a device of the CPU has no number here.
         state = torch.load(file, map_location="cpu", weights_only=True)
         self.meta_optimizer.load_state_dict(state["optimizer"])
+        restore_iterates(self.meta_optimizer, state["iterates"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
         self._diagnostics.load_state_dict(state["diagnostics"])

@@ -11,6 +11,7 @@ from tiny import (
 from transformers import TrainingArguments
 
 from meta_trainer import MetaModule
+from meta_trainer.engines import refuse_engines
 
 
 def test_meta_data_that_is_missing_is_an_error(tmp_path):
@@ -60,4 +61,4 @@ def test_engines_that_split_the_model_are_refused(tmp_path, flag, engine):
     trainer = meta_trainer(tmp_path)
     setattr(trainer, flag, True)
     with pytest.raises(NotImplementedError, match=f"does not run under {engine}"):
-        trainer._refuse_engines()
+        refuse_engines(trainer)
