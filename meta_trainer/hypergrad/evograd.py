@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.checks import is_integer, is_positive
 from meta_trainer.hypergrad.inner_step import InnerStep
 from meta_trainer.hypergrad.noise import INDEPENDENT, Layout, Noise, Perturbations, check_noise_name
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
@@ -187,6 +188,8 @@ def check_evograd_settings(
     relative_sigma: bool = False,
 ) -> None:
     """Raise ValueError for settings of :func:`evograd` that are out of range or do not go together."""
+    if not is_integer(num_candidates):
+        raise ValueError(f"`num_candidates` should be a whole number, got {num_candidates!r}.")
     if num_candidates == 1:
         raise ValueError(
             "`num_candidates` should be at least 2, got 1. A single candidate has weight 1 whatever its loss, so that "
@@ -199,15 +202,15 @@ def check_evograd_settings(
             raise ValueError(f"`temperature` should be a positive, finite number or {AUTO!r}, got {temperature!r}.")
         temperature = 1.0
     for name, value in (("sigma", DEFAULT_SIGMA if sigma is None else sigma), ("temperature", temperature)):
-        if value is None or not 0 < value < float("inf"):
-            raise ValueError(f"`{name}` should be a positive, finite number, got {value}.")
+        if not is_positive(value):
+            raise ValueError(f"`{name}` should be a positive, finite number, got {value!r}.")
     check_noise_name(noise)
     if relative_sigma and (callable(noise) or noise == "optimizer"):
         raise ValueError(
             f"`relative_sigma` scales signs, normal and guided noise, but noise={noise!r} has a scale of its own."
         )
-    if not 0 < guidance <= 1:
-        raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance}.")
+    if not is_positive(guidance) or guidance > 1:
+        raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance!r}.")
     if guidance < 1 and noise != "guided":
         raise ValueError(f"`guidance` is the share of a known direction in noise='guided', but `noise` is {noise!r}.")
     blind = not callable(noise) and (noise != "guided" or guidance < 1)
