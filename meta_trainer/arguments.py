@@ -156,9 +156,6 @@ class MetaTrainingArguments(TrainingArguments):
             raise ValueError(f"`perturb` should be 'all' or 'head' alone, or name patterns, got both: {self.perturb}.")
 
     def _check_ranges(self) -> None:
-        for name in ("antithetic", "orthogonal", "include_unperturbed", "relative_sigma"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"`{name}` should be True or False, got {getattr(self, name)!r}.")
         layout = Layout(self.antithetic, self.orthogonal, self.include_unperturbed)
         check_evograd_settings(
             self.num_candidates, self.sigma, self.temperature, self.noise, layout, self.guidance, self.relative_sigma

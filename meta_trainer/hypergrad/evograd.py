@@ -97,6 +97,8 @@ def evograd(
     layout = Layout(antithetic, orthogonal, include_unperturbed)
     check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance, relative_sigma)
     _check_inner_step(noise, relative_sigma, guidance, inner_step)
+    if not is_integer(seed):
+        raise ValueError(f"`seed` should be a whole number, got {seed!r}.")
     length: float | Tensor = DEFAULT_SIGMA if sigma is None else sigma
     with Sandbox(problem) as sandbox:
         shape = Shape(problem.theta, noise, relative_sigma, inner_step)
@@ -205,6 +207,9 @@ def check_evograd_settings(
         if not is_positive(value):
             raise ValueError(f"`{name}` should be a positive, finite number, got {value!r}.")
     check_noise_name(noise)
+    for name, value in (*vars(layout).items(), ("relative_sigma", relative_sigma)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` should be True or False, got {value!r}.")
     if relative_sigma and (callable(noise) or noise == "optimizer"):
         raise ValueError(
             f"`relative_sigma` scales signs, normal and guided noise, but noise={noise!r} has a scale of its own."
