@@ -118,8 +118,8 @@ class BatchChecks:
         right = labels.is_floating_point() and labels.dtype != torch.float64
         if not right or list(labels.shape) not in shapes or not rows:
             raise ValueError(
-                f"`labels` should be floats of single precision, shape {shapes[0]}, for a model with {number} labels that "
-                f"are no classes, got {_found(labels)}"
+                f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} labels "
+                f"that are no classes, got {_found(labels)}"
             )
         if not labels.isfinite().all():
             raise ValueError("`labels` should be finite, got nan or infinity among them")
@@ -130,7 +130,9 @@ class BatchChecks:
             raise ValueError(f"`labels` should be int64 of shape {shape}, got {_found(labels)}")
         counted = labels[labels != IGNORED]
         if not counted.numel():
-            raise ValueError(f"at least one of its labels should count, got none or {IGNORED} only: its loss would be nan")
+            raise ValueError(
+                f"at least one of its labels should count, got none or {IGNORED} only: its loss would be nan"
+            )
         low, high = counted.min().item(), counted.max().item()
         if low < 0 or high >= number:
             raise ValueError(
@@ -174,7 +176,9 @@ class CheckedCollator:
         # What collators raise for columns that are missing, ragged or of a wrong type.
         except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
             first = examples[0] if examples else None
-            found = f"columns {sorted(map(str, first))}" if isinstance(first, Mapping) else f"type {type(first).__name__}"
+            found = (
+                f"columns {sorted(map(str, first))}" if isinstance(first, Mapping) else f"type {type(first).__name__}"
+            )
             raise ValueError(
                 f"{len(examples)} examples, the first with {found}, cannot be put together to a {self.kind} batch: "
                 f"{str(error)[:300]}. All should have the same columns; pass a `data_collator` that pads those of "
@@ -200,12 +204,15 @@ def _found(value: Any) -> str:
 
 
 def _table_sizes(model: nn.Module) -> dict[str, int]:
-    """Number of embeddings that a column points into; none for models of more than text, which have ids of their own."""
+    """Number of embeddings that a column points into; none for models of more than text, with ids of their own."""
     config = getattr(model, "config", None)
     if config is None or getattr(config, "sub_configs", None) or getattr(model, "main_input_name", "") != "input_ids":
         return {}
     table = model.get_input_embeddings()  # type: ignore[operator]
-    sizes = {"input_ids": getattr(table, "num_embeddings", None), "token_type_ids": getattr(config, "type_vocab_size", None)}
+    sizes = {
+        "input_ids": getattr(table, "num_embeddings", None),
+        "token_type_ids": getattr(config, "type_vocab_size", None),
+    }
     return {column: size for column, size in sizes.items() if size}
 
 

@@ -178,7 +178,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     # The library raises ValueError itself for what only looks like a date or a number.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no valid YAML: {error}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{file} should hold `key: value` lines, got {type(settings).__name__}.")
     keys = [key.value for key, _ in node.value]
     # The library would take the last one.

@@ -151,8 +151,8 @@ class SettingsParser(HfArgumentParser):
             raise ValueError(f"{source}: `{action.dest}` should hold text or numbers, got {type(value).__name__}.")
         if isinstance(value, bool) and action.dest not in self._truth_values | self._trainer_fields:
             raise ValueError(
-                f"{source}: `{action.dest}` should be text or a number, got {str(value).lower()}. YAML reads yes, no, on "
-                "and off as a truth value: put the word in quotes."
+                f"{source}: `{action.dest}` should be text or a number, got {str(value).lower()}. YAML reads yes, no, "
+                "on and off as a truth value: put the word in quotes."
             )
         try:
             item = self._get_value(action, str(value))

@@ -173,7 +173,9 @@ class MetaTrainer(Trainer):
     def _create_batch_checks(self) -> BatchChecks:
         # An objective of the user's own reads labels of any kind.
         own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
-        return BatchChecks(self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective)
+        return BatchChecks(
+            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+        )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""

@@ -76,7 +76,10 @@ def test_the_output_folder_is_named_after_the_recipe(tmp_path):
         ({"rtn_bottleneck_size": 0}, "`rtn_bottleneck_size` should be at least 1"),
         ({1: 2}, "unknown key 1. See"),
         ({None: 2}, "unknown key None"),
-        ({"source_subset": False}, "`source_subset` should be text or a number, got false. YAML reads .* put .* in quotes"),
+        (
+            {"source_subset": False},
+            "`source_subset` should be text or a number, got false. YAML reads .* put .* in quotes",
+        ),
         ({"perturb": [["all"]]}, "`perturb` should hold text or numbers, got list"),
         ({"perturb": [None]}, "`perturb` should hold text or numbers, got NoneType"),
         ({"description": b"x"}, "`description` should hold text or numbers, got bytes"),

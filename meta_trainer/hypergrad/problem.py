@@ -83,7 +83,9 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
                 "recorded. Pass the parameter itself."
             )
     if not any(tensor.numel() for tensor in tensors):
-        raise ValueError(f"`{name}` should hold at least one number, got tensors of the shapes {[[*t.shape] for t in tensors]}.")
+        raise ValueError(
+            f"`{name}` should hold at least one number, got tensors of the shapes {[[*t.shape] for t in tensors]}."
+        )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Hypothesis draws the same cases on every machine; what a case changes in the process is given back."""
+"""Hypothesis draws the same cases on every machine, unless META_TRAINER_FUZZ asks for a longer run."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ from hypothesis import settings
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))  # tiny models and trainers
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-settings.load_profile("repeatable")
+settings.register_profile("longer", derandomize=False, deadline=None, database=None, print_blob=True)
+settings.load_profile("longer" if "META_TRAINER_FUZZ" in os.environ else "repeatable")
 
 
 @pytest.fixture(autouse=True, scope="package")

@@ -22,7 +22,9 @@ NAMES = {"hypergradient": ESTIMATORS, "noise": NOISE_NAMES, "inner_step": INNER_
 likely = st.fixed_dictionaries({}, optional={name: st.sampled_from(known) for name, known in NAMES.items()})
 strange = st.dictionaries(st.sampled_from(META_FIELDS), objects, max_size=3)
 strange_for_trainer = st.dictionaries(
-    st.sampled_from(["learning_rate", "seed", "data_seed", "per_device_train_batch_size", "max_steps"]), plain, max_size=1
+    st.sampled_from(["learning_rate", "seed", "data_seed", "per_device_train_batch_size", "max_steps"]),
+    plain,
+    max_size=1,
 )
 
 
@@ -78,8 +80,7 @@ def test_a_command_line_of_arguments_is_sound_or_refused(values):
     def parse() -> Any:
         try:
             return HfArgumentParser(MetaTrainingArguments).parse_args_into_dataclasses(words)[0]
-        except SystemExit as stop:  # argparse prints the flag and the value
-            assert stop.code == 2
+        except SystemExit:  # argparse has printed the flag and the value
             return REFUSED
 
     args = attempt(parse)

@@ -15,7 +15,16 @@ from meta_trainer.hypergrad import BilevelProblem, GradientDescent, Hypergradien
 ESTIMATORS = {"evograd": evograd, "finite_difference": finite_difference, "t1t2": t1t2}
 shapes = st.lists(st.integers(0, 3), max_size=3)
 dtypes = st.sampled_from(
-    [torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64]
+    [
+        torch.float32,
+        torch.float32,
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.bool,
+        torch.complex64,
+    ]
 )
 tensors = st.one_of(
     st.tuples(shapes, dtypes, st.sampled_from(["leaf", "leaf", "leaf", "no grad", "result", "zeros"])),
@@ -34,7 +43,11 @@ def tensor(recipe: Any) -> Any:
     shape, dtype, kind = recipe
     if not dtype.is_floating_point:
         return torch.ones(shape, dtype=dtype)
-    value = torch.zeros(shape, dtype=dtype) if kind == "zeros" else torch.linspace(-1, 1, torch.Size(shape).numel()).to(dtype).reshape(shape)
+    value = (
+        torch.zeros(shape, dtype=dtype)
+        if kind == "zeros"
+        else torch.linspace(-1, 1, torch.Size(shape).numel()).to(dtype).reshape(shape)
+    )
     value.requires_grad_(kind != "no grad")
     return value * 2 if kind == "result" else value
 
@@ -87,7 +100,11 @@ def test_a_problem_is_solved_or_refused_and_theta_is_given_back(estimator, theta
 
     def solve() -> Hypergradient:
         problem = BilevelProblem(
-            theta, meta, lambda: loss(train, theta, meta), lambda: loss(val, theta, meta), with_train_grads=with_train_grads
+            theta,
+            meta,
+            lambda: loss(train, theta, meta),
+            lambda: loss(val, theta, meta),
+            with_train_grads=with_train_grads,
         )
         return ESTIMATORS[estimator](problem)
 
@@ -117,11 +134,15 @@ def test_settings_are_taken_or_refused(settings, noise):
     name, strange = settings
     # A great number of candidates is slow, not wrong; what a callable does is its own matter.
     slow = isinstance(strange.get("num_candidates"), int) and strange["num_candidates"] > 64
-    strange = {k: v for k, v in strange.items() if not (k == "num_candidates" and slow) and not (k == "noise" and callable(v))}
+    strange = {
+        k: v for k, v in strange.items() if not (k == "num_candidates" and slow) and not (k == "noise" and callable(v))
+    }
     theta, meta = torch.linspace(-1, 1, 5).requires_grad_(), torch.ones(2, requires_grad=True)
 
     def solve() -> Hypergradient:
-        problem = BilevelProblem([theta], [meta], lambda: loss("sound", [theta], [meta]), lambda: loss("sound", [theta], []))
+        problem = BilevelProblem(
+            [theta], [meta], lambda: loss("sound", [theta], [meta]), lambda: loss("sound", [theta], [])
+        )
         return ESTIMATORS[name](problem, **({**noise, **strange} if name == "evograd" else strange))
 
     result = attempt(solve)

@@ -114,7 +114,9 @@ def test_any_mapping_is_a_recipe_or_refused(folder, strange):
 
 
 @cases(100)
-@given(content=st.one_of(st.binary(max_size=40), st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace"))))
+@given(
+    content=st.one_of(st.binary(max_size=40), st.text(max_size=40).map(lambda text: text.encode("utf-8", "replace")))
+)
 def test_garbage_is_refused(folder, content):
     read(folder, content, [])
 
@@ -127,7 +129,9 @@ def test_tags_anchors_and_odd_scalars_are_read_as_data_or_refused(folder, text):
 
 
 words = st.lists(
-    st.one_of(st.sampled_from(KEYS).map("--{}".format), st.sampled_from(ALL_KEYS).map("--{}".format), texts, scalars.map(str)),
+    st.one_of(
+        st.sampled_from(KEYS).map("--{}".format), st.sampled_from(ALL_KEYS).map("--{}".format), texts, scalars.map(str)
+    ),
     max_size=5,
 )
 

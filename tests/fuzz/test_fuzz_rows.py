@@ -30,9 +30,23 @@ TEXTS: list[dict[str, Any]] = [
     {"text": f"{word} number {i}", "label": label, "noisy": label, "dup": i == 1}
     for i, (word, label) in enumerate([("goal", "sport"), ("bank", "money"), ("match", "sport"), ("loan", "money")] * 2)
 ]
+CONLL_LINES = (
+    "Ada B-PER",
+    "Lovelace I-PER",
+    "saw O",
+    "",
+    "  ",
+    "Turin\tB-LOC",
+    "x\t\tO",
+    "alone",
+    "\t",
+    "-DOCSTART- O",
+)
 odd = st.one_of(
     plain,
-    st.sampled_from([[], [[]], [""], ["O", None], ["I-PER"], ["B-"], ["B-PER", "I-LOC"], "HUGE", "[HUGE]", "\ud800", "²", "٣"]),
+    st.sampled_from(
+        [[], [[]], [""], ["O", None], ["I-PER"], ["B-"], ["B-PER", "I-LOC"], "HUGE", "[HUGE]", "\ud800", "²", "٣"]
+    ),
     st.lists(scalars, max_size=4),
 )
 changes = st.lists(
@@ -50,7 +64,9 @@ def changed(rows: list[dict[str, Any]], changes: list[tuple[int, str, Any]]) -> 
     rows = copy.deepcopy(rows)
     # Not drawn as it is: Hypothesis prints what it draws.
     huge = {"HUGE": HUGE, "[HUGE]": [HUGE]}
-    changes = [(n, column, huge.get(change, change) if isinstance(change, str) else change) for n, column, change in changes]
+    changes = [
+        (n, column, huge.get(change, change) if isinstance(change, str) else change) for n, column, change in changes
+    ]
     for number, column, change in changes:
         if not rows:
             break
@@ -109,7 +125,7 @@ def ner_task(folder: Path, suffix: str, rows: list[dict[str, Any]], **settings: 
     return attempt(build)
 
 
-@cases(200)
+@cases(120)
 @given(
     changes=changes,
     suffix=st.sampled_from([".jsonl", ".jsonl", ".parquet"]),
@@ -130,11 +146,11 @@ def test_tagged_sentences_are_a_task_or_refused(folder, changes, suffix, as_sour
         check_sound(task, len(task.compute_metrics.tags))
 
 
-@cases(120)
+@cases(80)
 @given(
     lines=st.lists(
         st.one_of(
-            st.sampled_from(["Ada B-PER", "Lovelace I-PER", "saw O", "", "  ", "Turin\tB-LOC", "x\t\tO", "alone", "\t", "-DOCSTART- O"]),
+            st.sampled_from(CONLL_LINES),
             st.text(max_size=10),
         ),
         max_size=8,
@@ -147,7 +163,9 @@ def test_a_conll_file_is_a_task_or_refused(folder, lines, encoding):
 
     def build() -> Task:
         arguments = NerArguments(
-            source_train_file=str(folder / "bad.conll"), target_train_file=str(folder / "good.conll"), target_batch_size=1
+            source_train_file=str(folder / "bad.conll"),
+            target_train_file=str(folder / "good.conll"),
+            target_batch_size=1,
         )
         return build_ner_task(arguments, MODEL, seed=0, with_meta=True, meta_batch_size=1)
 
@@ -185,7 +203,9 @@ def test_labelled_texts_are_a_task_or_refused(folder, changes, suffix, settings,
 
     task = attempt(build)
     if task is not REFUSED:
-        classes = {label for part in (task.train_dataset, task.meta_dataset, task.eval_dataset) for label in part["labels"]}
+        classes = {
+            label for part in (task.train_dataset, task.meta_dataset, task.eval_dataset) for label in part["labels"]
+        }
         check_sound(task, max(classes) + 1)
 
 

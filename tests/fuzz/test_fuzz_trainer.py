@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -58,7 +57,9 @@ def changed(rows: list[Any], changes: list[tuple[tuple[str, Any], bool, int]]) -
     return rows
 
 
-def train(folder: Path, model: torch.nn.Module, module: Any, train_rows: list[Any], meta_rows: list[Any], **settings: Any) -> Any:
+def train(
+    folder: Path, model: torch.nn.Module, module: Any, train_rows: list[Any], meta_rows: list[Any], **settings: Any
+) -> Any:
     def run() -> MetaTrainer:
         args = arguments(folder, max_steps=2, logging_steps=1, **settings)
         trainer = MetaTrainer(model, args, meta_module=module, train_dataset=train_rows, meta_dataset=meta_rows)
@@ -83,13 +84,16 @@ estimators = st.sampled_from(["evograd", "finite_difference", "t1t2"])
 
 @cases(50)
 @given(
-    sizes=st.tuples(sizes, sizes), train_changes=changes, meta_changes=changes, module=modules, hypergradient=estimators,
-    meta_batch=st.sampled_from([1, 3, 20]), keep=st.booleans(),
+    sizes=st.tuples(sizes, sizes), train_changes=changes, meta_changes=changes, module=modules,
+    hypergradient=estimators, meta_batch=st.sampled_from([1, 3, 20]), keep=st.booleans(),
 )  # fmt: skip
 def test_a_text_classifier_trains_or_refuses(
     folder, sizes, train_changes, meta_changes, module, hypergradient, meta_batch, keep
 ):
-    train_rows, meta_rows = changed(sentences(sizes[0], 1), train_changes), changed(sentences(sizes[1], 2), meta_changes)
+    train_rows, meta_rows = (
+        changed(sentences(sizes[0], 1), train_changes),
+        changed(sentences(sizes[1], 2), meta_changes),
+    )
     trainer = train(
         folder, tiny_bert(), module(), train_rows, meta_rows, hypergradient=hypergradient,
         per_device_meta_batch_size=meta_batch, remove_unused_columns=not keep,

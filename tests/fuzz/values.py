@@ -5,9 +5,31 @@ from hypothesis import strategies as st
 WORDS = (
     "", " ", "none", "None", "null", "true", "False", "yes", "no", "on", "all", "head", "auto", "nan", "inf", "-inf",
     "1e-3", "1e400", "0x10", "1_000", "٣", "²", "1,5", "$HOME", "${oc.env:HOME}", "%(asctime)s", "{seed}", "~",
-    "__class__", "os.system", "!!python/name:os.system", "sign", "guided", "evograd", "t1t2", "cosine", "é\u0000", "\u2028",
+    "__class__", "os.system", "!!python/name:os.system", "sign", "guided", "evograd", "t1t2", "cosine",
+    "é\u0000", "\u2028",
 )  # fmt: skip
-NUMBERS = (0, 1, -1, 2, 3, 0.0, -0.0, 0.5, 1.0, 1.5, 2.0, 1e-3, -1e-3, 1e-320, 1e38, 1e300, 2**31, 2**63, -(2**63), 10**30)
+NUMBERS = (
+    0,
+    1,
+    -1,
+    2,
+    3,
+    0.0,
+    -0.0,
+    0.5,
+    1.0,
+    1.5,
+    2.0,
+    1e-3,
+    -1e-3,
+    1e-320,
+    1e38,
+    1e300,
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+)
 
 numbers = st.one_of(
     st.sampled_from(NUMBERS), st.integers(), st.floats(), st.sampled_from([float("nan"), float("inf"), float("-inf")])
