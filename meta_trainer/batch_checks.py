@@ -118,8 +118,8 @@ class BatchChecks:
         right = labels.is_floating_point() and labels.dtype != torch.float64
         if not right or list(labels.shape) not in shapes or not rows:
             raise ValueError(
-                f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} labels "
-                f"that are no classes, got {_found(labels)}"
+                f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} "
+                f"labels that are no classes, got {_found(labels)}"
             )
         if not labels.isfinite().all():
             raise ValueError("`labels` should be finite, got nan or infinity among them")

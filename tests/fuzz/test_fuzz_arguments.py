@@ -48,7 +48,7 @@ def check_sound(args: MetaTrainingArguments) -> None:
             assert value is None or isinstance(value, str | list), (name, value)
 
 
-@cases(700)
+@cases(400)
 @given(likely=likely, strange=strange)
 def test_arguments_are_sound_or_refused(likely, strange):
     args = attempt(lambda: MetaTrainingArguments("out", use_cpu=True, **{**likely, **strange}))
@@ -56,7 +56,7 @@ def test_arguments_are_sound_or_refused(likely, strange):
         check_sound(args)
 
 
-@cases(200)
+@cases(100)
 @given(likely=likely, strange=strange, trainer=strange_for_trainer)
 def test_a_dictionary_of_arguments_is_sound_or_refused(likely, strange, trainer):
     parser = HfArgumentParser(MetaTrainingArguments)
@@ -70,7 +70,7 @@ def words_of(name: str, value: Any) -> list[str]:
     return [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
 
 
-@cases(300)
+@cases(150)
 @given(values=st.dictionaries(st.sampled_from(META_FIELDS), st.one_of(texts, scalars, st.lists(texts)), max_size=3))
 def test_a_command_line_of_arguments_is_sound_or_refused(values):
     words = ["--output_dir", "out", "--use_cpu", "true"]

@@ -128,7 +128,7 @@ settings_of = st.sampled_from(sorted(SETTINGS)).flatmap(
 )
 
 
-@cases(250)
+@cases(200)
 @given(settings=settings_of, noise=st.sampled_from([{}, {"noise": "guided"}, {"noise": "normal"}]))
 def test_settings_are_taken_or_refused(settings, noise):
     name, strange = settings

@@ -98,7 +98,7 @@ def check_sound(folder: Path, recipe: Recipe) -> None:
 settings_of = st.dictionaries(st.sampled_from(KEYS), plain, max_size=3)
 
 
-@cases(300)
+@cases(200)
 @given(task=st.sampled_from(sorted(SOUND)), strange=settings_of)
 def test_settings_are_a_sound_recipe_or_refused(folder, task, strange):
     content = yaml.safe_dump({**SOUND[task], "use_cpu": True, **strange}, allow_unicode=True)
@@ -107,7 +107,7 @@ def test_settings_are_a_sound_recipe_or_refused(folder, task, strange):
         check_sound(folder, recipe)
 
 
-@cases(100)
+@cases(60)
 @given(strange=st.dictionaries(st.one_of(st.sampled_from(ALL_KEYS), scalars), st.one_of(scalars, plain), max_size=4))
 def test_any_mapping_is_a_recipe_or_refused(folder, strange):
     read(folder, yaml.safe_dump({**SOUND["ner"], **strange}, allow_unicode=True).encode(), [])
@@ -136,7 +136,7 @@ words = st.lists(
 )
 
 
-@cases(200)
+@cases(120)
 @given(task=st.sampled_from(sorted(SOUND)), words=words)
 def test_a_command_line_is_a_sound_recipe_or_refused(folder, task, words):
     recipe = read(folder, yaml.safe_dump({**SOUND[task], "use_cpu": True}).encode(), words)
@@ -144,7 +144,7 @@ def test_a_command_line_is_a_sound_recipe_or_refused(folder, task, words):
         check_sound(folder, recipe)
 
 
-@cases(100)
+@cases(70)
 @given(strange=settings_of, words=words)
 @example(strange={1: 2}, words=[])
 @example(strange={}, words=["--config", "/dev/null/x"])

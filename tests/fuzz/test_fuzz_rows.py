@@ -174,7 +174,7 @@ def test_a_conll_file_is_a_task_or_refused(folder, lines, encoding):
         check_sound(task, len(task.compute_metrics.tags))
 
 
-@cases(200)
+@cases(120)
 @given(
     changes=changes,
     suffix=st.sampled_from([".jsonl", ".jsonl", ".parquet"]),

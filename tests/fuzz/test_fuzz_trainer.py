@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,24 +83,47 @@ modules = st.sampled_from([weight_net, HiddenShift, MeanLoss])
 estimators = st.sampled_from(["evograd", "finite_difference", "t1t2"])
 
 
-@cases(50)
-@given(
-    sizes=st.tuples(sizes, sizes), train_changes=changes, meta_changes=changes, module=modules,
-    hypergradient=estimators, meta_batch=st.sampled_from([1, 3, 20]), keep=st.booleans(),
-)  # fmt: skip
-def test_a_text_classifier_trains_or_refuses(
-    folder, sizes, train_changes, meta_changes, module, hypergradient, meta_batch, keep
-):
-    train_rows, meta_rows = (
-        changed(sentences(sizes[0], 1), train_changes),
-        changed(sentences(sizes[1], 2), meta_changes),
-    )
+text_cases = st.fixed_dictionaries(
+    {
+        "sizes": st.tuples(sizes, sizes),
+        "changes": st.tuples(changes, changes),
+        "module": modules,
+        "hypergradient": estimators,
+        "meta_batch": st.sampled_from([1, 3, 20]),
+        "keep": st.booleans(),
+    }
+)
+
+
+def train_text_classifier(folder: Path, case: dict[str, Any]) -> None:
+    rows = [
+        changed(sentences(size, seed), change)
+        for size, seed, change in zip(case["sizes"], (1, 2), case["changes"], strict=True)
+    ]
     trainer = train(
-        folder, tiny_bert(), module(), train_rows, meta_rows, hypergradient=hypergradient,
-        per_device_meta_batch_size=meta_batch, remove_unused_columns=not keep,
-    )  # fmt: skip
+        folder,
+        tiny_bert(),
+        case["module"](),
+        *rows,
+        hypergradient=case["hypergradient"],
+        per_device_meta_batch_size=case["meta_batch"],
+        remove_unused_columns=not case["keep"],
+    )
     if trainer is not REFUSED:
         check_sound(trainer)
+
+
+@cases(24)
+@given(case=text_cases)
+def test_a_text_classifier_trains_or_refuses(folder, case):
+    train_text_classifier(folder, case)
+
+
+@pytest.mark.slow
+@cases(400)
+@given(case=text_cases)
+def test_a_text_classifier_trains_or_refuses_in_many_more_cases(folder, case):
+    train_text_classifier(folder, case)
 
 
 def tiny_tagger() -> BertForTokenClassification:
@@ -115,23 +139,38 @@ odd_tags = st.sampled_from(
 )
 
 
-@cases(25)
-@given(
-    train_tags=st.lists(odd_tags, max_size=3),
-    meta_tags=st.lists(odd_tags, max_size=3),
-    everywhere=st.booleans(),
-    module=modules,
+tag_cases = st.fixed_dictionaries(
+    {
+        "tags": st.tuples(st.lists(odd_tags, max_size=3), st.lists(odd_tags, max_size=3)),
+        "everywhere": st.booleans(),
+        "module": modules,
+    }
 )
-def test_a_token_classifier_trains_or_refuses(folder, train_tags, meta_tags, everywhere, module):
+
+
+def train_token_classifier(folder: Path, case: dict[str, Any]) -> None:
     rows = []
-    for seed, tags in ((1, train_tags), (2, meta_tags)):
+    for seed, tags in enumerate(case["tags"]):
         part = [{**row, "labels": [0, 1, 2, -100, 1, 0]} for row in sentences(6, seed)]
-        for i in range(6 if everywhere and tags else len(tags)):
+        for i in range(6 if case["everywhere"] and tags else len(tags)):
             part[i]["labels"] = tags[i % len(tags)]
         rows.append(part)
-    trainer = train(folder, tiny_tagger(), module(), *rows)
+    trainer = train(folder, tiny_tagger(), case["module"](), *rows)
     if trainer is not REFUSED:
         check_sound(trainer)
+
+
+@cases(12)
+@given(case=tag_cases)
+def test_a_token_classifier_trains_or_refuses(folder, case):
+    train_token_classifier(folder, case)
+
+
+@pytest.mark.slow
+@cases(100)
+@given(case=tag_cases)
+def test_a_token_classifier_trains_or_refuses_in_many_more_cases(folder, case):
+    train_token_classifier(folder, case)
 
 
 # Shapes and ranges that it takes are known to the model alone.
@@ -140,7 +179,7 @@ odd_features = st.sampled_from(
 )
 
 
-@cases(20)
+@cases(10)
 @given(train_change=odd_features, meta_change=odd_features, everywhere=st.booleans(), keep=st.booleans())
 def test_a_model_of_ones_own_trains_or_refuses_the_columns(folder, train_change, meta_change, everywhere, keep):
     rows = [points(6, seed) for seed in (1, 2)]
