@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.batch_checks import BatchChecks, CheckedCollator
 from meta_trainer.diagnostics import Diagnostics
 from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
@@ -152,6 +153,7 @@ class MetaTrainer(Trainer):
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
+        self._batch_checks = self._create_batch_checks()
         self.meta_data = None if self._meta_dataset is None else self._create_meta_data(self._meta_dataset)
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
@@ -173,7 +175,8 @@ class MetaTrainer(Trainer):
             )
 
     def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        collator = CheckedCollator(self.data_collator, "meta", self._batch_checks)
+        collate = self._get_collator_with_removed_columns(collator, description="meta")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return MetaDataStream(
             dataset,
@@ -183,6 +186,28 @@ class MetaTrainer(Trainer):
             self.args.process_index,
             self.args.world_size,
         )
+
+    def _create_batch_checks(self) -> BatchChecks:
+        # An objective of the user's own reads labels of any kind.
+        own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
+        return BatchChecks(
+            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""
+        if self.meta_module is None:
+            return super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError("`train_dataset` should hold at least one example, got none.")
+        collator = self.data_collator
+        # What a meta module makes of a batch is not known here.
+        checks = None if self.meta_module.has_batch_door else self._batch_checks
+        self.data_collator = CheckedCollator(collator, "train", checks, META_BATCH, self._batch_checks)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     # ---------------------------------------------------------------------------------------------- the two steps
 

@@ -56,6 +56,11 @@ class MetaModuleList(MetaModule):
         return any(member.has_forward_door for member in self)
 
     @property
+    def has_batch_door(self) -> bool:
+        """Whether a member uses the batch door."""
+        return any(member.has_batch_door for member in self)
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether a member uses the loss door."""
         return any(member.has_loss_door for member in self)

@@ -103,6 +103,11 @@ class MetaModule(
         return type(self).attach is not MetaModule.attach
 
     @property
+    def has_batch_door(self) -> bool:
+        """Whether the model trains on another batch than the collated one."""
+        return type(self).transform_batch is not MetaModule.transform_batch
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether the objective is this module's; otherwise it is the model's own loss."""
         return type(self).reduce is not MetaModule.reduce
