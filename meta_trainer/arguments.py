@@ -201,6 +201,8 @@ class MetaTrainingArguments(TrainingArguments):
                 f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
                 f"{self.noise!r}."
             )
+        if not isinstance(self.share_candidates, bool):
+            raise ValueError(f"`share_candidates` should be True or False, got {self.share_candidates!r}.")
         if self.share_candidates and self.hypergradient == "t1t2":
             raise ValueError("`share_candidates` needs candidates, of which hypergradient='t1t2' has none.")
         if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):

@@ -16,7 +16,7 @@ from meta_trainer.hypergrad import NOISE_NAMES
 
 META_FIELDS = sorted({f.name for f in fields(MetaTrainingArguments)} - {f.name for f in fields(TrainingArguments)})
 INTEGERS = ("num_candidates", "meta_every", "per_device_meta_batch_size")
-FLAGS = ("antithetic", "orthogonal", "include_unperturbed", "relative_sigma")
+FLAGS = ("antithetic", "orthogonal", "include_unperturbed", "relative_sigma", "share_candidates")
 NAMES = {"hypergradient": ESTIMATORS, "noise": NOISE_NAMES, "inner_step": INNER_STEPS, "meta_guard": GUARDS}
 # A wrong value in one field should not hide what those of the others do.
 likely = st.fixed_dictionaries({}, optional={name: st.sampled_from(known) for name, known in NAMES.items()})
