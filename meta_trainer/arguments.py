@@ -114,6 +114,13 @@ class MetaTrainingArguments(TrainingArguments):
             "order; longer steps are shortened. 0 for no limit."
         },
     )
+    meta_max_skipped: int = field(
+        default=20,
+        metadata={
+            "help": "Number of meta steps in a row that are skipped, as they lead to no finite numbers, before the run "
+            "stops with an error; 0 for no limit. Loss scaling in fp16 skips some of the first steps by design."
+        },
+    )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
 
     def __post_init__(self) -> None:
@@ -160,7 +167,8 @@ class MetaTrainingArguments(TrainingArguments):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be a positive number, got {getattr(self, name)}.")
         for name in (
-            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"
+            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region",
+            "meta_max_skipped",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
