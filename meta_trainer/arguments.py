@@ -172,6 +172,8 @@ class MetaTrainingArguments(TrainingArguments):
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
+        if self.meta_max_skipped != int(self.meta_max_skipped):
+            raise ValueError(f"`meta_max_skipped` should be a whole number, got {self.meta_max_skipped}.")
         if self.scales_hypergradient and not 0 < self.learning_rate < float("inf"):
             raise ValueError(
                 f"`learning_rate` should be a positive number with hypergradient={self.hypergradient!r}, "

@@ -222,8 +222,10 @@ def load_state(file: Path, device: torch.device) -> dict[str, Any]:
     Raises:
         ValueError: If the file holds anything else.
     """
+    # A process of several on the CPU has the device cpu:0, which PyTorch does not load to.
+    location = "cpu" if device.type == "cpu" else device
     with reading(file):
-        state = torch.load(file, map_location=device, weights_only=True)
+        state = torch.load(file, map_location=location, weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{file} should hold a dictionary, got {type(state).__name__}.")
     return state

@@ -78,6 +78,9 @@ class StepBack:
     Args:
         parameters: The meta-parameters.
         optimizer: Of the meta-parameters.
+
+    Attributes:
+        values: Of the parameters, aligned with them.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -88,8 +91,11 @@ class StepBack:
 
     def is_needed(self) -> bool:
         """Whether there is a number that is not finite."""
-        tensors = [*self._parameters, *_floating(list(self._optimizer.state.values()))]
-        return not bool(torch.stack([torch.isfinite(tensor).all() for tensor in tensors]).all())
+        finite: dict[torch.device, list[Tensor]] = {}
+        for tensor in (*self._parameters, *_floating(list(self._optimizer.state.values()))):
+            finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+        # Adam counts its steps on the CPU; each other device is waited for once.
+        return not all(bool(torch.stack(parts).all()) for parts in finite.values())
 
     @torch.no_grad()
     def take(self) -> None:
@@ -99,7 +105,9 @@ class StepBack:
         self._optimizer.state.clear()
         self._optimizer.state.update(self._state)
         for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
-            group.update(settings)
+            parameters = group["params"]
+            group.clear()
+            group.update(settings, params=parameters)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def _settings(group: dict[str, Any]) -> dict[str, Any]:
 def _floating(value: Any) -> Iterator[Tensor]:
     """The floating point tensors in nested containers, numbers as tensors among them."""
     if isinstance(value, float):
-        yield torch.tensor(value)
+        yield torch.tensor(value, dtype=torch.float64)
     elif isinstance(value, Tensor) and value.is_floating_point():
         yield value
     elif isinstance(value, dict | list | tuple):

@@ -111,16 +111,14 @@ def test_an_incomplete_checkpoint_that_is_named_is_refused_before_anything_is_lo
 def test_a_folder_without_a_complete_checkpoint_is_refused_with_all_reasons(folder):
     for step in (1, 2, 3):
         (folder / f"checkpoint-{step}/model.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match=r"No checkpoint in .* is complete \(checkpoint-3: model\.safetensors is missing"
-    ):
+    with pytest.raises(ValueError, match=r"No checkpoint in .* is complete \(checkpoint-3: model\.safetensors is"):
         trainer_in(folder).train(resume_from_checkpoint=True)
 
 
 def test_a_folder_without_any_checkpoint_is_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         trainer_in(tmp_path).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="There is no checkpoint .*checkpoint-9"):
+    with pytest.raises(ValueError, match=r"There is no checkpoint .*checkpoint-9"):
         trainer_in(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 

@@ -60,7 +60,7 @@ def outcome(trainer):
     [
         (2, {"gradient_accumulation_steps": 2, "meta_every": 2, "save_total_limit": 1}),
         (5, {"eval_strategy": "epoch", "save_strategy": "epoch", "logging_strategy": "steps"}),
-        (6, {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "loss", "save_total_limit": 1}),
+        (6, {"eval_strategy": "epoch", "save_strategy": "best", "metric_for_best_model": "loss"}),
         (8, {"eval_strategy": "steps", "eval_steps": 4, "save_steps": 4, "load_best_model_at_end": True,
              "save_total_limit": 1}),
     ],
