@@ -6,7 +6,7 @@ nothing, and forks for each run: its children start at once, and die without har
 A request names a `folder`, the `settings` of the trainer, the number of `processes` and what happens to them: `write`
 (process number `rank` kills itself in the middle of its n-th write to a checkpoint), `seconds` (all are killed after
 that time), `sigterm` (process `rank` sends itself SIGTERM in that step) or `spoil` (process `rank` has NaN in that
-meta batch).
+meta batch). It resumes where there is a complete checkpoint, and with `resume` in any case.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def train(request: dict[str, Any], rank: int) -> None:
     # What is to be loaded from a checkpoint is something else before.
     seed = 1 if found else 0
     model = PointClassifier() if spoiled else tiny_bert(seed=seed)
-    trainer = meta_trainer(folder, [weight_net()] if spoiled else [weight_net(seed), HiddenShift()], model, kind=Spoiled,
-                           **request["settings"])  # fmt: skip
+    modules = [weight_net()] if spoiled else [weight_net(seed), HiddenShift()]
+    trainer = meta_trainer(folder, modules, model, kind=Spoiled, **request["settings"])
     if "sigterm" in request and chosen:
         trainer.add_callback(SendSigterm(request["sigterm"]))
     if spoiled and chosen:
@@ -112,7 +112,7 @@ def train(request: dict[str, Any], rank: int) -> None:
         KilledInTheMiddle(request["write"])
     if found:
         torch.rand(7)
-    trainer.train(resume_from_checkpoint=found or None)
+    trainer.train(resume_from_checkpoint=request.get("resume", found) or None)
     report = {
         "world_size": trainer.args.world_size,
         "wrapped": isinstance(trainer.model_wrapped, DistributedDataParallel),

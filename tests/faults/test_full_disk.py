@@ -3,6 +3,7 @@
 import resource
 import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def test_other_errors_while_saving_keep_their_kind(tmp_path, error):
 
 def test_a_push_that_fails_is_no_fault_of_the_checkpoint(tmp_path, monkeypatch):
     def push(self, folder):
+        # What goes to the Hub is complete.
+        assert "trainer_state.json" in (Path(folder) / checkpoint.MANIFEST_NAME).read_text()
+        assert defect(Path(folder)) is None
         raise OSError("the Hub is away")
 
     trainer = meta_trainer(tmp_path, **SETTINGS)

@@ -129,6 +129,17 @@ def test_two_processes_of_which_one_is_killed_go_on_together(server, tmp_path):
 
 
 @pytest.mark.distributed
+def test_two_processes_refuse_damaged_checkpoints_with_the_same_error(server, tmp_path):
+    settings = {**SETTINGS, "max_steps": 1}
+    server.run(tmp_path / "run", settings, processes=2)
+    (tmp_path / "run/checkpoint-1/meta_state.pt").unlink()
+    answer = server.run(tmp_path / "run", settings, 2, (1,), resume=True)
+    assert answer["codes"] == [1, 1]
+    for rank in (0, 1):
+        assert "ValueError: No checkpoint in" in (tmp_path / f"run.{rank}.log").read_text()
+
+
+@pytest.mark.distributed
 def test_two_processes_of_which_one_gets_sigterm_stop_after_the_same_step(server, tmp_path):
     settings = {**SETTINGS, "meta_every": 2, "save_steps": 100}
     server.run(tmp_path / "straight", settings, processes=2)
