@@ -72,6 +72,15 @@ def apply_hypergradient(
     return norm.detach(), finite
 
 
+def all_finite(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters and the state of their optimizer hold no NaN and no infinity."""
+    finite: dict[torch.device, list[Tensor]] = {}
+    for tensor in (*parameters, *_floating(list(optimizer.state.values()))):
+        finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    # Adam counts its steps on the CPU; each other device is waited for once.
+    return all(bool(torch.stack(parts).all()) for parts in finite.values())
+
+
 class StepBack:
     """Parameters and the state of their optimizer, to be given back after a step that led to no finite numbers.
 
@@ -88,14 +97,6 @@ class StepBack:
         self.values = [p.detach().clone() for p in parameters]
         self._state = {key: copy.deepcopy(entry) for key, entry in optimizer.state.items()}
         self._groups = [_settings(group) for group in optimizer.param_groups]
-
-    def is_needed(self) -> bool:
-        """Whether there is a number that is not finite."""
-        finite: dict[torch.device, list[Tensor]] = {}
-        for tensor in (*self._parameters, *_floating(list(self._optimizer.state.values()))):
-            finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
-        # Adam counts its steps on the CPU; each other device is waited for once.
-        return not all(bool(torch.stack(parts).all()) for parts in finite.values())
 
     @torch.no_grad()
     def take(self) -> None:

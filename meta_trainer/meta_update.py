@@ -12,7 +12,7 @@ from transformers.utils import logging
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import Hypergradient
-from meta_trainer.meta_optimizer import StepBack, apply_hypergradient
+from meta_trainer.meta_optimizer import StepBack, all_finite, apply_hypergradient
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +69,7 @@ def update_meta_module(
     if args.meta_trust_region:
         objective = result.train_losses.mean()
         share = shorten_step(parameters, back.values, train_grads, objective * args.meta_trust_region)
-    if back.is_needed():
+    if not all_finite(parameters, optimizer):
         back.take()
         return MetaUpdate(norm, f"a step along a hypergradient of norm {float(norm):.1e} leads to no finite numbers")
     return MetaUpdate(norm, step_share=share)

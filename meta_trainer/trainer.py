@@ -43,7 +43,7 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import all_finite, create_meta_optimizer, create_meta_scheduler
 from meta_trainer.meta_update import SkippedSteps, update_meta_module
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
@@ -528,11 +528,14 @@ class MetaTrainer(Trainer):
             return
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._checkpoint_in_work = folder
-        with writing(folder):
-            if self.args.should_save:
-                break_seal(folder)
-            super()._save_checkpoint(model, trial)
-            self._seal_checkpoint()
+        try:
+            with writing(folder):
+                if self.args.should_save:
+                    break_seal(folder)
+                super()._save_checkpoint(model, trial)
+                self._seal_checkpoint()
+        finally:
+            self._checkpoint_in_work = None
         if self._stop.stopping:
             self._stop.checkpoint = folder
 
@@ -627,6 +630,8 @@ class MetaTrainer(Trainer):
         self.meta_optimizer.load_state_dict(state["optimizer"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
+        if not all_finite(self.meta_parameters, self.meta_optimizer):
+            raise ValueError(f"The meta module or the state of its optimizer in {checkpoint} is not finite.")
         self._diagnostics.load_state_dict(state["diagnostics"])
         self._skipped.load_state_dict(state["skipped"])
         self._num_meta_steps = state["num_meta_steps"]

@@ -208,6 +208,16 @@ def test_a_halved_file_that_no_manifest_knows_ends_in_one_error(folder, name):
     assert defect(folder / "checkpoint-1") is None
 
 
+def test_states_that_are_not_finite_are_refused(folder):
+    file = folder / "checkpoint-2/meta_state.pt"
+    state = torch.load(file, weights_only=True)
+    state["optimizer"]["state"][1]["exp_avg"][0] = float("nan")
+    torch.save(state, file)
+    (folder / "checkpoint-2" / MANIFEST_NAME).unlink()
+    with pytest.raises(ValueError, match=r"state of its optimizer in .*checkpoint-2 is not finite"):
+        trainer_in(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
 def test_states_of_another_meta_module_are_refused(folder, tmp_path):
     for step, other, error in (
         (1, HiddenShift(), "it is of 1 parameters, this one has 4"),
