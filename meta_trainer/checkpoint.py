@@ -216,16 +216,14 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
         ) from error
 
 
-def load_state(file: Path, device: torch.device) -> dict[str, Any]:
-    """Read a dictionary of tensors and plain values; no code in the file is ever run.
+def load_state(file: Path) -> dict[str, Any]:
+    """Read a dictionary of tensors, onto the CPU, and plain values; no code in the file is ever run.
 
     Raises:
         ValueError: If the file holds anything else.
     """
-    # A process of several on the CPU has the device cpu:0, which PyTorch does not load to.
-    location = "cpu" if device.type == "cpu" else device
     with reading(file):
-        state = torch.load(file, map_location=location, weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{file} should hold a dictionary, got {type(state).__name__}.")
     return state

@@ -19,6 +19,8 @@ def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.P
     meta_args = copy.copy(args)
     meta_args.optim, meta_args.learning_rate = args.meta_optim, args.meta_learning_rate
     meta_args.optim_args, meta_args.adam_epsilon = None, args.meta_adam_epsilon
+    # Read by schedule-free optimizers; the meta schedule has a warm-up of its own.
+    meta_args.warmup_steps = 0
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(meta_args)
     optimizer: torch.optim.Optimizer = kind(
         [{"params": list(parameters), "weight_decay": args.meta_weight_decay}], **kwargs

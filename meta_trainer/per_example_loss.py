@@ -62,7 +62,8 @@ class PerExampleLoss:
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
         if self.shifts_labels:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        return per_example_losses(logits.float(), labels, self.label_smoothing)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return per_example_losses(logits, labels, self.label_smoothing)
 
 
 def check_agreement(losses: Tensor, model_loss: Tensor) -> None:

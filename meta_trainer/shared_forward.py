@@ -70,15 +70,17 @@ class SharedForward:
 
     Args:
         device: Whose random numbers a forward pass may draw, besides the CPU's.
+        compiled: Whether the base step runs a compiled model, which starts from nobody's results.
 
     Attributes:
-        intermediates: `BilevelProblem.intermediates`, known after the first evaluation.
+        intermediates: `BilevelProblem.intermediates` of the present batch, known after the first evaluation.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, compiled: bool = False) -> None:
+        self._device, self._compiled = device, compiled
         self._key: object = None
         self._plan = _Plan()
+        self.intermediates: list[tuple[Tensor, Tensor]] = []
         self.clear()
 
     def clear(self) -> None:
@@ -87,7 +89,7 @@ class SharedForward:
         self._modules: Sequence[nn.Module] = ()
         self._trainable: Sequence[nn.Parameter] = ()
         self._results: dict[Call, _Result] = {}
-        self.intermediates: list[tuple[Tensor, Tensor]] = []
+        self.intermediates.clear()
 
     def prepare(
         self,
@@ -111,7 +113,7 @@ class SharedForward:
         self.clear()
         key = (id(model), *map(id, theta), *map(id, meta_params))
         if self._key != key:
-            self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass)
+            self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass, self._compiled)
         self._modules, self._trainable = list(model.modules()), trainable
 
     @contextmanager
@@ -136,7 +138,7 @@ class SharedForward:
     def base_step(self) -> Iterator[None]:
         """Around the base step on the batch; keeps no more than it needs."""
         self._results = {call: result for call, result in self._results.items() if call in self._plan.by_base_step}
-        self.intermediates = []
+        self.intermediates.clear()
         with self._answering(tuple(self._results), lambda call, run: self._replay(call).output):
             yield
 
@@ -219,10 +221,11 @@ def _make_plan(
     theta: Sequence[nn.Parameter],
     meta_params: Sequence[nn.Parameter],
     forward_pass: Callable[[], object],
+    compiled: bool,
 ) -> _Plan:
     if {id(parameter) for parameter in model.parameters()} <= {id(parameter) for parameter in theta}:
         return _Plan()
-    if is_compiled_module(model) or has_compiled_regions(model):
+    if compiled or is_compiled_module(model) or has_compiled_regions(model):
         _warn("it is compiled")
         return _Plan()
     with _traced(list(model.modules())) as trace, frozen(meta_params):

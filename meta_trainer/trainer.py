@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from meta_trainer.agreement import decided_by_the_first
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.batch_checks import BatchChecks, CheckedCollator
 from meta_trainer.checkpoint import (
     break_seal,
     check_complete,
@@ -34,11 +35,14 @@ from meta_trainer.checkpoint import (
     writing,
 )
 from meta_trainer.diagnostics import Diagnostics
+from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
 from meta_trainer.frozen import frozen
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
+    TermSum,
+    TrainLoss,
     preserved_random_state,
 )
 from meta_trainer.meta_data import MetaDataStream
@@ -49,10 +53,12 @@ from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
 from meta_trainer.overlap import overlap
-from meta_trainer.per_example_loss import PerExampleLoss, check_agreement
+from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
+from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.scope import select_parameters
 from meta_trainer.shared_forward import SharedForward
 from meta_trainer.sigterm import SaveAndStop, listening, without_checkpoints_within_steps
+from meta_trainer.window import Window, from_first_process
 
 logger = logging.get_logger(__name__)
 
@@ -67,7 +73,8 @@ class MetaTrainer(Trainer):
     r"""`transformers.Trainer` that learns a meta module :math:`\lambda` beside the model :math:`\theta`.
 
     Before the base step of every `meta_every`-th optimizer step, one meta step updates :math:`\lambda` along the
-    hypergradient of the meta loss. Under gradient accumulation it looks at the first micro-batch. It leaves no trace on
+    hypergradient of the meta loss. Its training loss is that of the whole optimizer step: under gradient accumulation
+    the sum over all micro-batches, one after another, scaled as the base step scales them. It leaves no trace on
     parameters, buffers, gradients, modes and the global random state. Evaluation and prediction never see the
     meta module.
 
@@ -123,9 +130,9 @@ class MetaTrainer(Trainer):
         meta_dataset: Dataset[Any] | None,
         per_example_loss: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
-        self._refuse_engines()
-        self.args.check_activation_checkpointing()
+        check_engine(self, self.model, self.args, meta_module)
         check_base_optimizer(self.args, self.optimizer)
+        self._check_sharing()
         if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
             raise ValueError(
                 f"{type(meta_module).__name__} weighs examples, but `compute_loss_func` gives their average only. "
@@ -140,43 +147,52 @@ class MetaTrainer(Trainer):
 
         self.meta_module = meta_module.to(self.args.device)
         self._broadcast_meta_module()
+        self._meta_dataset = meta_dataset
+        smoothing = self.args.label_smoothing_factor
+        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
+        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
+        self._reference: Batch | None = None  # None while the doors are shut
+        self._base_step_follows = False
+        self._compiled = is_compiled(self, self.model)
+        # A model from `model_init` starts anew with every `train()`, and the meta module with it.
+        initial = {} if self.model_init is None else meta_module.state_dict()
+        self._initial_meta_module = {name: value.detach().to("cpu", copy=True) for name, value in initial.items()}
+        self._start_meta_training()
+        self._stop = SaveAndStop()
+        self._checkpoint_in_work: Path | None = None
+        self.add_callback(UseAverages(lambda: self.meta_optimizer))
+
+    def _start_meta_training(self) -> None:
+        """Set up all that meta steps leave behind, by the present settings."""
         self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
-        smoothing = self.args.label_smoothing_factor
-        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
-        self.meta_data = None if meta_dataset is None else self._create_meta_data(meta_dataset)
-        if meta_module.has_loss_door:
-            # The objective is a mean over each micro-batch; Trainer divides it by their number.
-            self.loss_is_scaled_for_ga = False
+        self._batch_checks = self._create_batch_checks()
+        self.meta_data = None if self._meta_dataset is None else self._create_meta_data(self._meta_dataset)
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
         self._path_checked = False
         self._last_objective: Tensor | None = None
-        self._reference: Batch | None = None  # None while the doors are shut
-        self._shared_forward = SharedForward(self.args.device)
-        self._base_step_follows = False
-        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
+        self._shared_forward = SharedForward(self.args.device, compiled=self._compiled)
+        self._window = Window([])
+        self._normalizers: list[Tensor] = []  # of the evaluation under way
+        self._step_sum = TermSum()  # of the base step's micro-batches
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
         self._skipped = SkippedSteps(self.args.meta_max_skipped)
-        self._stop = SaveAndStop()
-        self._checkpoint_in_work: Path | None = None
 
-    def _refuse_engines(self) -> None:
-        for used, engine in (
-            (self.is_deepspeed_enabled, "DeepSpeed"),
-            (self.is_fsdp_enabled, "FSDP"),
-            (self.args.n_gpu > 1, "torch.nn.DataParallel"),
-        ):
-            if used:
-                raise NotImplementedError(
-                    f"A meta step does not run under {engine}. Start one process per device with `accelerate launch`."
-                )
+    def _check_sharing(self) -> None:
+        number = 2 if self.args.hypergradient == "finite_difference" else self.args.num_candidates
+        if self.args.share_candidates and self.args.world_size > number:
+            raise ValueError(
+                f"With `share_candidates`, {self.args.world_size} processes need as many candidates, got {number}. Set "
+                "`num_candidates` to a multiple of the number of processes."
+            )
 
     def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        collator = CheckedCollator(self.data_collator, "meta", self._batch_checks)
+        collate = self._get_collator_with_removed_columns(collator, description="meta")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return MetaDataStream(
             dataset,
@@ -187,34 +203,92 @@ class MetaTrainer(Trainer):
             self.args.world_size,
         )
 
+    def _create_batch_checks(self) -> BatchChecks:
+        # An objective of the user's own reads labels of any kind.
+        own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
+        return BatchChecks(
+            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""
+        if self.meta_module is None:
+            return super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError("`train_dataset` should hold at least one example, got none.")
+        collator = self.data_collator
+        # What a meta module makes of a batch is not known here.
+        checks = None if self.meta_module.has_batch_door else self._batch_checks
+        self.data_collator = CheckedCollator(collator, "train", checks, META_BATCH, self._batch_checks)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
     # ---------------------------------------------------------------------------------------------- the two steps
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """As in Trainer; the meta step looks at all micro-batches of an optimizer step."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        if self.meta_module is not None:
+            self._begin(Window(batches, num_items))
+        return batches, num_items
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """The meta step, when one is due, and the base step."""
         if self.meta_module is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self.meta_module.has_loss_door:
-            num_items_in_batch = None
+        if not self._window.holds(inputs):
+            self._begin(Window([inputs], num_items_in_batch))
         base_inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         try:
             if self._meta_step_is_due():
-                self._base_step_follows = True
+                # Memory holds the graph of one micro-batch at a time.
+                self._base_step_follows = len(self._window.batches) == 1 and not self.args.share_candidates
+                # As the base step does: schedule-free optimizers train other parameters than they evaluate.
+                set_training_mode(self.optimizer, True)
+                set_training_mode(self.meta_optimizer, True)
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
+            if self.meta_module.has_loss_door:
+                self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
                 loss = super().training_step(model, base_inputs, num_items_in_batch)
             self._observe_objective(loss)
-            return loss
+            return self._normalized(loss) if self._normalizers else loss
         finally:
             self._base_step_follows = False
             self._shared_forward.clear()
+
+    def _begin(self, window: Window) -> None:
+        """A new optimizer step."""
+        self._window, self._step_sum = window, TermSum()
+
+    @property
+    def _sums_quotients(self) -> bool:
+        """Whether the objective is a quotient whose parts are sums over several batches."""
+        several = len(self._window.batches) > 1 or self.args.world_size > 1
+        return several and self.meta_module.has_loss_door and self.meta_module.has_normalizer
+
+    def _normalized(self, loss: Tensor) -> Tensor:
+        """A micro-batch's share in the objective of the optimizer step; the last one completes the gradient."""
+        self._step_sum.add([loss, self._normalizers.pop()], [])
+        if not self.accelerator.sync_gradients:
+            return loss
+        numerator, denominator = self._step_sum.values
+        denominator = self._mean_over_replicas(denominator)
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        torch._foreach_div_(grads, denominator)
+        # What the micro-batches before this one gave has been added to the log already.
+        return numerator / denominator - (numerator - loss)
 
     def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
         """Update the meta module once along its hypergradient.
 
         Args:
             model: The base model, wrapped or not.
-            inputs: A train batch; with a ``meta_batch`` in it, or else the next batch of `meta_dataset` is used.
+            inputs: A train batch, which stands for all micro-batches of the present optimizer step if it is the first
+                of them; with a ``meta_batch`` in it, or else the next batch of `meta_dataset` is used.
 
         Returns:
             The hypergradient, before clipping. The update is left out when it is not finite.
@@ -224,19 +298,24 @@ class MetaTrainer(Trainer):
         """
         if self.meta_module is None:
             raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
-        base_model = self.accelerator.unwrap_model(model)
+        # Of a compiled model, the one inside: it heeds hooks and has second derivatives.
+        base_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        window = self._window if self._window.begins_with(inputs) else Window([inputs])
         with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
-            batch, meta_batch = self._meta_step_batches(inputs)
-            self._observe_overlap(base_model, batch, meta_batch)
+            window, meta_batch = self._meta_step_batches(window)
+            for batch in window.batches:
+                self._observe_overlap(base_model, batch, meta_batch)
             # What the meta batch drew is no reason for other dropout masks than the base step's.
             random_state.restore()
+            if self.args.share_candidates:
+                window = from_first_process(window, self.args.device)
             theta = select_parameters(base_model, self.args.perturb)
             moved = {id(parameter) for parameter in theta}
             rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
             # Outside the scope nothing is differentiated, so that no graph is kept below it.
             try:
                 with frozen(rest):
-                    result = self._estimate(self._bilevel_problem(base_model, theta, rest, batch, meta_batch))
+                    result = self._estimate(self._bilevel_problem(base_model, theta, rest, window, meta_batch))
             finally:
                 if not self._base_step_follows:
                     self._shared_forward.clear()
@@ -259,17 +338,19 @@ class MetaTrainer(Trainer):
         step = self.state.global_step
         return step % self.args.meta_every == 0 and step != self._last_meta_step_at
 
-    def _meta_step_batches(self, inputs: Batch) -> tuple[Batch, Batch]:
-        batch = dict(inputs)
-        meta_batch = batch.pop(META_BATCH, None)
+    def _meta_step_batches(self, window: Window) -> tuple[Window, Batch]:
+        batches = [dict(batch) for batch in window.batches]
+        # The collator gave every micro-batch one; an optimizer step has a single meta step.
+        meta_batch, *_ = [batch.pop(META_BATCH, None) for batch in batches]
         if meta_batch is None:
             if self.meta_data is None:
                 raise ValueError(
                     "A meta step needs meta data, but there is neither a `meta_dataset` nor a "
-                    f"`meta_batch` in the train batch, whose columns are {sorted(batch)}."
+                    f"`meta_batch` in the train batch, whose columns are {sorted(batches[0])}."
                 )
             meta_batch = next(self.meta_data)
-        return dict(self._prepare_inputs(batch)), dict(self._prepare_inputs(meta_batch))
+        prepared = [dict(self._prepare_inputs(batch)) for batch in batches]
+        return Window(prepared, window.num_items), dict(self._prepare_inputs(meta_batch))
 
     def _observe_overlap(self, model: nn.Module, batch: Batch, meta_batch: Batch) -> None:
         share = overlap(batch, meta_batch, getattr(model, "main_input_name", ""))
@@ -281,12 +362,47 @@ class MetaTrainer(Trainer):
         model: nn.Module,
         theta: list[nn.Parameter],
         rest: list[nn.Parameter],
-        batch: Batch,
+        window: Window,
         meta_batch: Batch,
     ) -> BilevelProblem:
-        def objective(reference: Batch) -> Tensor:
+        num_items = None
+        if self.args.world_size > 1:
+            # Replicas may have differing numbers of tokens; in their mean, each counts as Trainer has it count.
+            _, num_items = super().get_batch_samples(iter([meta_batch]), 1, self.args.device)
+
+        def val_loss() -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(meta_batch), num_items_in_batch=num_items)
+
+        terms = window.terms(lambda batch: self._train_term(model, theta, rest, batch, window))
+        args = self.args
+        return BilevelProblem(
+            theta=theta,
+            meta_params=self.meta_parameters,
+            train_loss=terms if len(window.batches) > 1 else next(iter(terms)),
+            val_loss=val_loss,
+            state=list(model.buffers()),
+            intermediates=self._shared_forward.intermediates,
+            mean=self._mean_over_replicas,
+            turn=(args.process_index, args.world_size) if args.share_candidates else (0, 1),
+            writes_theta=any(getattr(module, "max_norm", None) is not None for module in model.modules()),
+            with_train_grads=args.needs_train_grads,
+            loss_scale=self.meta_scaler.scale(torch.ones((), device=args.device))
+            if self.meta_scaler.is_enabled()
+            else None,
+        )
+
+    def _train_term(
+        self, model: nn.Module, theta: list[nn.Parameter], rest: list[nn.Parameter], batch: Batch, window: Window
+    ) -> TrainLoss:
+        """A micro-batch's share in the training loss, as the base step has it; its evaluations share what they can."""
+
+        def objective(reference: Batch) -> Tensor | tuple[Tensor, Tensor]:
             with self._open_doors(reference), self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(batch))
+                loss = self.compute_loss(model, dict(batch), num_items_in_batch=window.num_items)
+            if self._normalizers:
+                return loss, self._normalizers.pop()
+            return loss if self._loss_is_scaled(window.num_items) else loss / len(window.batches)
 
         def forward_pass() -> None:
             with self._without_trace(model):
@@ -301,30 +417,20 @@ class MetaTrainer(Trainer):
             with self._without_trace(model), torch.no_grad(), self._shared_forward.evaluation():
                 objective(reference)
 
-        def train_loss() -> Tensor:
+        def train_loss() -> Tensor | tuple[Tensor, Tensor]:
             with self._shared_forward.evaluation():
                 loss = objective(reference)
-            self._check_path(loss)
+            self._check_path(loss[0] if isinstance(loss, tuple) else loss)
             return loss
 
-        def val_loss() -> Tensor:
-            with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(meta_batch))
+        return train_loss
 
-        return BilevelProblem(
-            theta=theta,
-            meta_params=self.meta_parameters,
-            train_loss=train_loss,
-            val_loss=val_loss,
-            state=list(model.buffers()),
-            intermediates=self._shared_forward.intermediates,
-            mean=self._mean_over_replicas,
-            writes_theta=any(getattr(module, "max_norm", None) is not None for module in model.modules()),
-            with_train_grads=self.args.needs_train_grads,
-            loss_scale=self.meta_scaler.scale(torch.ones((), device=self.args.device))
-            if self.meta_scaler.is_enabled()
-            else None,
-        )
+    def _loss_is_scaled(self, num_items: Any) -> bool:
+        """Whether a micro-batch's loss is a share of the optimizer step's; Trainer has this rule in `training_step`."""
+        declared: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
+        if declared is not None:
+            return declared
+        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
     def _check_path(self, loss: Tensor) -> None:
         """Raise ValueError if no meta-parameter takes part in the first training loss of a run."""
@@ -366,8 +472,8 @@ class MetaTrainer(Trainer):
             self.meta_lr_scheduler.step()
         self._meta_metrics.add(grad_norm=update.norm, **self._diagnostics.observe(result))
         args = self.args
-        # Blind perturbations change the loss by themselves, and a micro-batch's loss is scaled.
-        comparable = self._base_step_follows and args.world_size == args.gradient_accumulation_steps == 1
+        # Blind perturbations change the loss by themselves.
+        comparable = self._base_step_follows and args.world_size == 1
         self._last_objective = result.train_losses.mean() if comparable and not args.is_blind else None
 
     def _mean_over_replicas(self, tensor: Tensor) -> Tensor:
@@ -391,6 +497,14 @@ class MetaTrainer(Trainer):
         if self.meta_module.reference_losses:
             batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
         loss = self.meta_module.reduce(losses, batch, outputs)
+        normalizer = self.meta_module.normalizer(losses, batch) if self._sums_quotients else None
+        if normalizer is not None:
+            # A constant that keeps the loss in the order of a mean.
+            normalizer = normalizer / (len(self._window.batches) * self.args.train_batch_size)
+            self._normalizers.append(normalizer)
+            loss = loss * normalizer
+        elif num_items_in_batch is not None:
+            loss = loss * self._share_of_items(batch["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
@@ -406,6 +520,12 @@ class MetaTrainer(Trainer):
             check_agreement(losses, outputs["loss"] if isinstance(outputs, dict) else outputs[0])
             self._loss_checked = True
         return losses, outputs
+
+    def _share_of_items(self, labels: Tensor, num_items: Any) -> Tensor:
+        """Of a micro-batch in the optimizer step of all processes, as Trainer counts, times what DDP divides by."""
+        counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
+        num_replicas = self.args.world_size if self.args.average_tokens_across_devices else 1
+        return (counted != IGNORED).sum() * num_replicas / num_items
 
     @contextmanager
     def _without_trace(self, model: nn.Module) -> Iterator[None]:
@@ -428,6 +548,7 @@ class MetaTrainer(Trainer):
     def _open_doors(self, reference: Batch) -> Iterator[None]:
         """Let the meta module take part; `reference` keeps what all evaluations of one batch are to share."""
         self._reference = reference
+        self._normalizers.clear()
         try:
             yield
         finally:
@@ -449,6 +570,24 @@ class MetaTrainer(Trainer):
             self.meta_lr_scheduler = create_meta_scheduler(self.args, self.meta_optimizer, num_training_steps)
             self._last_meta_step_at = None
         return scheduler
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model, as in Trainer; the meta module starts anew with it, from where it was handed over."""
+        model = super().call_model_init(trial)
+        if self.meta_module is not None:
+            self.meta_module.load_state_dict(self._initial_meta_module)
+            self._start_meta_training()
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.meta_module is not None and trial is not None:
+            # A trial sets attributes, which no one has looked at.
+            self.args.check_meta_settings()
+            check_engine(self, self.model, self.args, self.meta_module)
+            check_base_optimizer(self.args, self.optimizer)
+            self._check_sharing()
+            self._start_meta_training()
 
     def _broadcast_meta_module(self) -> None:
         """Start every replica from the parameters of the first one."""
@@ -548,7 +687,8 @@ class MetaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
-            self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            with averages(self.meta_optimizer):
+                self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
             if self.args.save_only_model and self._checkpoint_in_work is not None:
                 write_manifest(self._checkpoint_in_work)
 
@@ -603,10 +743,13 @@ class MetaTrainer(Trainer):
 
     def _load_meta_module(self, folder: str) -> None:
         if self.meta_module is not None:
+            # The file holds the averages of a schedule-free optimizer.
+            set_training_mode(self.meta_optimizer, False)
             self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
 
     def _meta_state(self) -> dict[str, Any]:
         return {
+            "iterates": iterates(self.meta_optimizer),
             "optimizer": self.meta_optimizer.state_dict(),
             "scheduler": self.meta_lr_scheduler.state_dict(),
             "scaler": self.meta_scaler.state_dict(),
@@ -625,9 +768,10 @@ class MetaTrainer(Trainer):
                 f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
             )
             return
-        state = load_state(file, self.args.device)
+        state = load_state(file)
         check_optimizer_state(state["optimizer"], self.meta_parameters, file)
         self.meta_optimizer.load_state_dict(state["optimizer"])
+        restore_iterates(self.meta_optimizer, state["iterates"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
         if not all_finite(self.meta_parameters, self.meta_optimizer):

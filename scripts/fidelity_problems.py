@@ -203,13 +203,14 @@ class Subject:
         meta_optimizer = torch.optim.Adam(meta_params, lr=WARM_UP_META_RATE, eps=1e-15)
         losses = []
         for step in range(steps):
-            problem = self.problem(self.draw())
+            batches = self.draw()
+            problem = self.problem(batches)
             if step % WARM_UP_META_EVERY == WARM_UP_META_EVERY - 1:
                 result = t1t2(problem, inner_step=OptimizerStep(self.optimizer, problem.theta))
                 for parameter, grad in zip(problem.meta_params, result.grads, strict=True):
                     parameter.grad = grad
                 meta_optimizer.step()
-            loss = problem.train_loss()
+            loss = self._objective(batches[0], {})
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

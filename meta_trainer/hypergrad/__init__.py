@@ -24,9 +24,10 @@ from meta_trainer.hypergrad.evograd import AUTO, DEFAULT_SIGMA, check_evograd_se
 from meta_trainer.hypergrad.finite_difference import finite_difference
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep, OptimizerStep
 from meta_trainer.hypergrad.noise import NOISE_NAMES, Layout, Noise
-from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
+from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient, Loss, TrainLoss
 from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
 from meta_trainer.hypergrad.t1t2 import t1t2
+from meta_trainer.hypergrad.term_sums import TermSum
 
 __all__ = [
     "AUTO",
@@ -37,9 +38,12 @@ __all__ = [
     "Hypergradient",
     "InnerStep",
     "Layout",
+    "Loss",
     "Noise",
     "OptimizerStep",
     "RandomState",
+    "TermSum",
+    "TrainLoss",
     "check_evograd_settings",
     "evograd",
     "finite_difference",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
+from torch import Tensor
+
+from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
@@ -41,8 +45,8 @@ def finite_difference(
     References:
         Liu et al., `DARTS: Differentiable Architecture Search <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, eq. 8.
     """
-    if step_size is not None and not 0 < step_size < float("inf"):
-        raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
+    if step_size is not None and not is_positive(step_size):
+        raise ValueError(f"`step_size` should be a positive, finite number, got {step_size!r}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
         drift = step.drift()
@@ -55,19 +59,31 @@ def finite_difference(
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, length / norm, torch.ones_like(norm))
 
-        sides = ((block * side for block in blocks.flatten(direction)) for side in (radius, -radius))
-        losses, meta_grads = sandbox.evaluate_candidates(sides)
+        sides = _Sides(lambda side: (block * side for block in blocks.flatten(direction)), (radius, -radius))
+        losses, meta_grads = sandbox.evaluate_candidates(sides)  # [2]
         coefficients = -0.5 / torch.stack([radius, -radius])  # [2]
         total = sandbox.hypergradient(validation.direct, coefficients, meta_grads)
         train_grads = sandbox.train_grads(meta_grads)
         drift_change = sandbox.slope(validation.theta_grad, drift)
-    train_losses = problem.mean(losses)  # [2]
     return Hypergradient(
         grads=tuple(problem.mean(grad) for grad in total),
         val_loss=validation.loss,
-        train_losses=train_losses,
-        weights=torch.full_like(train_losses, 0.5),
+        train_losses=losses,
+        weights=torch.full_like(losses, 0.5),
         scores=torch.stack([radius, -radius]) * slope,
-        val_loss_change=coefficients.to(train_losses) @ train_losses + drift_change.to(train_losses),
+        val_loss_change=coefficients.to(losses) @ losses + drift_change.to(losses),
         train_grads=train_grads,
     )
+
+
+class _Sides(Sequence[Iterator[Tensor]]):
+    """Displacements of several lengths along a direction, computed anew at every access."""
+
+    def __init__(self, along: Callable[[Tensor], Iterator[Tensor]], lengths: Sequence[Tensor]) -> None:
+        self._along, self._lengths = along, lengths
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __getitem__(self, k: int) -> Iterator[Tensor]:  # type: ignore[override]
+        return self._along(self._lengths[k])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+Loss = Callable[[], Tensor]
+"""A function ``() -> scalar`` of what theta and the meta-parameters are when it is called."""
+
+TrainLoss = Callable[[], Tensor | tuple[Tensor, Tensor]]
+"""A :data:`Loss`, or a function ``() -> (numerator, denominator)`` whose second value does not depend on theta."""
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -24,16 +30,22 @@ class BilevelProblem:
         theta: Leaf tensors that may be perturbed. An estimator changes them in place and gives them back bit for bit,
             even after an exception.
         meta_params: Leaf tensors :math:`\lambda`.
-        train_loss: ``() -> scalar``, reads `theta` and `meta_params` as they stand.
+        train_loss: ``() -> scalar``, reads `theta` and `meta_params` as they stand. Or several such functions, whose
+            sum is the training loss: the micro-batches of an accumulated one. Each is done with before the next one is
+            asked for, so that memory holds the graph of one at a time; they may be asked for more than once. Where they
+            return two scalars, numerator and denominator, the training loss is the quotient of the sums over functions
+            and replicas: a weighted mean whose weights are normalised over all examples.
         val_loss: ``() -> scalar``, reads `theta` as it stands. What it reads of `meta_params` is the direct term.
         state: Tensors that a forward pass may change, such as the running statistics of batch normalisation. Every
             evaluation of a loss starts from their present values, and they are given back bit for bit.
         intermediates: Pairs ``(leaf, value)``, in the order of computation. A `value` was computed from `meta_params`
             and earlier leaves, not from `theta`, and `train_loss` goes on from `leaf`, a detached copy that requires a
             gradient: what all candidates have in common is then differentiated once. The first evaluation of
-            `train_loss` may fill the list.
+            `train_loss` may fill the list; with several functions, each may fill it anew.
         mean: Average of a tensor over data-parallel replicas; the identity when there is only one. Estimators send K
             losses, K scores and the meta-gradients through it.
+        turn: ``(i, n)`` deals the candidates out to n replicas that all have the same train batch: this one evaluates
+            the k-th if k mod n is i, and the first one in any case.
         loss_scale: Factor on every loss before its backward pass, divided out of the gradient afterwards, against
             underflow in float16; None for no scaling.
         writes_theta: Whether a forward pass may write into theta, as that of `torch.nn.Embedding(max_norm=...)` does; a
@@ -47,11 +59,12 @@ class BilevelProblem:
 
     theta: Sequence[Tensor]
     meta_params: Sequence[Tensor]
-    train_loss: Callable[[], Tensor]
-    val_loss: Callable[[], Tensor]
+    train_loss: TrainLoss | Iterable[TrainLoss]
+    val_loss: Loss
     state: Sequence[Tensor] = ()
     intermediates: Sequence[tuple[Tensor, Tensor]] = ()
     mean: Callable[[Tensor], Tensor] = identity
+    turn: tuple[int, int] = (0, 1)
     loss_scale: Tensor | None = None
     writes_theta: bool = False
     with_train_grads: bool = False
@@ -73,6 +86,8 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
     if len({id(t) for t in tensors}) != len(tensors):
         raise ValueError(f"`{name}` holds the same tensor twice. List each tied parameter once.")
     for position, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"`{name}[{position}]` should be a tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}[{position}]` should be a floating-point tensor, got {tensor.dtype}.")
         if not tensor.is_leaf:
@@ -80,6 +95,10 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
                 f"`{name}[{position}]` should be a leaf tensor, but it is the result of an operation that autograd "
                 "recorded. Pass the parameter itself."
             )
+    if not any(tensor.numel() for tensor in tensors):
+        raise ValueError(
+            f"`{name}` should hold at least one number, got tensors of the shapes {[[*t.shape] for t in tensors]}."
+        )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Self
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from meta_trainer.hypergrad.displacement import Displacement, add
 from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
-from meta_trainer.hypergrad.problem import BilevelProblem
-from meta_trainer.hypergrad.random_state import preserved_random_state
+from meta_trainer.hypergrad.problem import BilevelProblem, TrainLoss
+from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
+from meta_trainer.hypergrad.term_sums import Derivatives, TermSum, added, averaged, scaled
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Sandbox:
     """Evaluates the losses of a problem at displaced parameters, and gives everything back on leaving.
 
     Every evaluation replays the random state found on entering and starts from the state tensors found on entering, so
-    that two evaluations differ by the parameters alone: the same dropout masks, the same running statistics.
+    that two evaluations differ by the parameters alone: the same dropout masks, the same running statistics. Of several
+    terms of a training loss, each replays the random state that the one before it left behind, as training does.
 
     Parameters are written through ``.data``, which leaves their version counters alone: a graph recorded at the
     original point stays usable once the parameters are back there.
@@ -69,8 +71,9 @@ class Sandbox:
         self._last_move: tuple[Displacement, Callable[[], Iterable[Tensor]]] | None = None
         self._state = [t.detach().clone() for t in problem.state]
         with ExitStack() as stack:
-            devices = {t.device for t in (*problem.theta, *problem.meta_params)}
-            self._random_state = stack.enter_context(preserved_random_state(devices))
+            self._devices = {t.device for t in (*problem.theta, *problem.meta_params)}
+            self._random_state = stack.enter_context(preserved_random_state(self._devices))
+            self._term_random_state = self._random_state
             for tensor in (*problem.theta, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
@@ -134,9 +137,26 @@ class Sandbox:
         for tensor in self.problem.theta:
             tensor.requires_grad_(needed)
 
-    def train_loss(self) -> Tensor:
-        """Training loss at the present parameters."""
-        return self._evaluate("train_loss", self.problem.train_loss)
+    @property
+    def has_terms(self) -> bool:
+        """Whether the training loss is given by several terms."""
+        return not callable(self.problem.train_loss)
+
+    def train_terms(self) -> Iterator[TrainLoss]:
+        """The terms of the training loss, one after another; in between, :meth:`train_loss` evaluates them."""
+        train_loss = self.problem.train_loss
+        terms = [train_loss] if callable(train_loss) else train_loss
+        self._term_random_state = self._random_state
+        self._random_state.restore()
+        for term in terms:
+            yield term
+            self._term_random_state = RandomState.capture(self._devices)
+
+    def train_loss(self, term: TrainLoss) -> tuple[Tensor, ...]:
+        """The term whose turn it is at the present parameters, or its numerator and denominator."""
+        self._begin_evaluation(self._term_random_state)
+        loss = term()
+        return tuple(self._checked("train_loss", part) for part in (loss if isinstance(loss, tuple) else (loss,)))
 
     def look_ahead(self, displacement: Sequence[Tensor] | None) -> Validation:
         """Validation loss at a point near the original parameters, and its derivatives, there and back.
@@ -161,23 +181,40 @@ class Sandbox:
         """Validation loss at the present parameters, and its derivatives."""
         theta = self.problem.theta
         self.differentiate_theta(True)
-        loss = self._evaluate("val_loss", self.problem.val_loss)
+        self._begin_evaluation(self._random_state)
+        loss = self._checked("val_loss", self.problem.val_loss())
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
-    def evaluate_candidates(
-        self, displacements: Iterable[Iterable[Tensor]]
-    ) -> tuple[Tensor, list[tuple[Tensor | None, ...]]]:
-        """Training loss at every displacement, ``[K]``, and what :meth:`meta_gradient` gives for it."""
+    def evaluate_candidates(self, displacements: Sequence[Iterable[Tensor]]) -> tuple[Tensor, list[Derivatives]]:
+        """Training loss at every displacement and its derivatives by :attr:`meta_inputs`.
+
+        Args:
+            displacements: The flat blocks of K displacements, the same at every access.
+
+        Returns:
+            The losses ``[K]``, averages over the replicas, and K lists of derivatives, empty for a candidate that is
+            another replica's.
+
+        Raises:
+            ValueError: If there are fewer candidates than replicas that they are dealt out to.
+        """
         self.differentiate_theta(False)
-        losses, meta_grads = [], []
-        for displacement in displacements:
-            self.move_to(displacement)
-            loss = self.train_loss()
-            meta_grads.append(self.meta_gradient(loss))
-            losses.append(loss.detach())
-            del loss  # and its graph, before the next one
-        return torch.stack(losses), meta_grads
+        (turn, num_turns), number = self.problem.turn, len(displacements)
+        if number < num_turns:
+            raise ValueError(f"{num_turns} replicas should have at least as many candidates to share, got {number}.")
+        sums = [TermSum() for _ in range(number)]
+        for term in self.train_terms():
+            for k in range(number):
+                mine = k % num_turns == turn
+                # The first one may leave something for the others to read, intermediates above all.
+                if mine or k == 0:
+                    self.move_to(displacements[k])
+                    parts = self.train_loss(term)
+                    if mine:
+                        sums[k].add(parts, self._meta_gradients(parts))
+                    del parts  # and their graph, before the next ones
+        return averaged(sums, self.problem.mean, num_turns)
 
     def gradient(
         self, loss: Tensor, inputs: Sequence[Tensor], create_graph: bool = False, retain_graph: bool | None = None
@@ -197,34 +234,41 @@ class Sandbox:
         )
         return grads if scale is None else tuple(grad / scale for grad in grads)
 
-    def meta_gradient(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """Derivatives of a training loss by :attr:`meta_inputs`; None for no influence."""
-        if not loss.requires_grad:
-            return (None,) * len(self.meta_inputs)
+    def _meta_gradients(self, parts: Sequence[Tensor]) -> list[Derivatives]:
+        """Derivatives of the parts of a training loss by :attr:`meta_inputs`; None for no influence.
+
+        Those of one term of it are by the meta-parameters alone, since its intermediates go when the next one comes.
+        """
+        return [self._meta_gradient(part, retain_graph=part is not parts[-1]) for part in parts]
+
+    def _meta_gradient(self, part: Tensor, retain_graph: bool) -> Derivatives:
+        if not part.requires_grad:
+            return (None,) * (len(self.problem.meta_params) if self.has_terms else len(self.meta_inputs))
         # Intermediates may hang on the same graph.
-        retain = len(self.problem.intermediates) > 0
-        return self._pull_back(loss, torch.ones_like(loss), self.meta_inputs, retain_graph=retain)
+        retain_graph = retain_graph or len(self.problem.intermediates) > 0
+        grads = self._pull_back(part, torch.ones_like(part), self.meta_inputs, retain_graph=retain_graph)
+        return self._through_intermediates(grads) if self.has_terms else grads
 
     def hypergradient(
-        self, direct: Sequence[Tensor], coefficients: Tensor, meta_grads: Sequence[Sequence[Tensor | None]]
+        self, direct: Sequence[Tensor], coefficients: Tensor, meta_grads: Sequence[Derivatives]
     ) -> tuple[Tensor, ...]:
         r"""Sum up :math:`\partial\ell_V/\partial\lambda + \sum_k c_k\,\partial\ell_k/\partial\lambda`.
 
         Args:
             direct: The first term, aligned with `meta_params`.
             coefficients: ``[K]``.
-            meta_grads: What :meth:`meta_gradient` gave for each candidate.
+            meta_grads: Each candidate's derivatives, as :meth:`evaluate_candidates` gave them.
         """
-        total = [_weighted_sum(coefficients, grads) for grads in zip(*meta_grads, strict=True)]
-        # From the last intermediate on, each passes its derivative on to what it was computed from.
-        for _, value in reversed(self.problem.intermediates):
-            cotangent = total.pop()
-            if cotangent is not None:
-                passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
-                total = [_sum(terms) for terms in zip(total, passed_on, strict=True)]
+        # The mean over the replicas divides the sum over the candidates by the number that they are dealt out to.
+        shares = coefficients * self.problem.turn[1]
+        total: Derivatives = ()
+        for share, grads in zip(shares, meta_grads, strict=True):
+            total = added(total, scaled(grads, share))
+        if not self.has_terms:
+            total = self._through_intermediates(total)
         return tuple(first if rest is None else first + rest for first, rest in zip(direct, total, strict=True))
 
-    def train_grads(self, meta_grads: Sequence[Sequence[Tensor | None]]) -> tuple[Tensor, ...]:
+    def train_grads(self, meta_grads: Sequence[Derivatives]) -> tuple[Tensor, ...]:
         """Mean over the candidates of the training loss's derivatives by the meta-parameters, if it is asked for."""
         if not self.problem.with_train_grads:
             return ()
@@ -236,6 +280,17 @@ class Sandbox:
         """The meta-parameters and the leaves of the intermediates."""
         return (*self.problem.meta_params, *(leaf for leaf, _ in self.problem.intermediates))
 
+    def _through_intermediates(self, grads: Derivatives) -> list[Tensor | None]:
+        """From derivatives by :attr:`meta_inputs` to those by the meta-parameters."""
+        total = list(grads)
+        # From the last intermediate on, each passes its derivative on to what it was computed from.
+        for _, value in reversed(self.problem.intermediates):
+            cotangent = total.pop()
+            if cotangent is not None:
+                passed_on = self._pull_back(value, cotangent, self.meta_inputs[: len(total)], retain_graph=True)
+                total = list(added(total, passed_on))
+        return total
+
     def _pull_back(
         self, output: Tensor, cotangent: Tensor, inputs: Sequence[Tensor], retain_graph: bool = False
     ) -> tuple[Tensor | None, ...]:
@@ -245,10 +300,11 @@ class Sandbox:
         # The candidates' derivatives nearly cancel: no precision may be lost on the way to their sum.
         return tuple(None if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in grads)
 
-    def _evaluate(self, name: str, loss_function: Callable[[], Tensor]) -> Tensor:
-        self._random_state.restore()
+    def _begin_evaluation(self, random_state: RandomState) -> None:
+        random_state.restore()
         self._restore_state()
-        loss = loss_function()
+
+    def _checked(self, name: str, loss: Tensor) -> Tensor:
         if self._origin is None and self._last_move is None and self._versions != self._present_versions():
             raise ValueError(
                 f"`{name}` writes into theta, which could not be given back. Set `writes_theta` of the problem."
@@ -256,6 +312,8 @@ class Sandbox:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
+        if not loss.is_floating_point():
+            raise ValueError(f"`{name}` should return a floating-point tensor, got {loss.dtype}.")
         # Low precision would round the differences between candidates away.
         return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
 
@@ -266,12 +324,3 @@ class Sandbox:
         with torch.no_grad():
             for tensor, original in zip(self.problem.state, self._state, strict=True):
                 tensor.data.copy_(original)
-
-
-def _weighted_sum(weights: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
-    return _sum([None if t is None else w.to(t) * t for w, t in zip(weights, tensors, strict=True)])
-
-
-def _sum(terms: Sequence[Tensor | None]) -> Tensor | None:
-    present = [term for term in terms if term is not None]
-    return sum(present[1:], start=present[0]) if present else None

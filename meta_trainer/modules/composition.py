@@ -51,9 +51,24 @@ class MetaModuleList(MetaModule):
         return all(member.may_be_idle for member in self)
 
     @property
+    def has_forward_door(self) -> bool:
+        """Whether a member uses the forward door."""
+        return any(member.has_forward_door for member in self)
+
+    @property
+    def has_batch_door(self) -> bool:
+        """Whether a member uses the batch door."""
+        return any(member.has_batch_door for member in self)
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether a member uses the loss door."""
         return any(member.has_loss_door for member in self)
+
+    @property
+    def has_normalizer(self) -> bool:
+        """Whether the member that uses the loss door has one."""
+        return any(member.has_normalizer for member in self if member.has_loss_door)
 
     def transform_batch(self, batch: Batch) -> Batch:
         """Each member transforms what the one before it gave."""
@@ -75,6 +90,10 @@ class MetaModuleList(MetaModule):
             if member.has_loss_door:
                 return member.reduce(losses, batch, outputs)
         return super().reduce(losses, batch, outputs)
+
+    def normalizer(self, losses: Tensor, batch: Batch) -> Tensor | None:
+        """That of the member that uses the loss door."""
+        return next((member.normalizer(losses, batch) for member in self if member.has_loss_door), None)
 
     def check_model(self, model: nn.Module) -> None:
         """Ask every member."""

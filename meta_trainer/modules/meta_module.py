@@ -88,10 +88,34 @@ class MetaModule(
         """Door 3: from per-example (per-token) losses ``[N]`` to the training objective, a scalar."""
         return losses.mean()
 
+    def normalizer(self, losses: Tensor, batch: Batch) -> Tensor | None:
+        """What :meth:`reduce` divides by, a scalar, where that is learned, such as the sum of learned weights.
+
+        An optimizer step may go over several micro-batches and processes. Its objective is then the quotient of the
+        sums over all of them, as if they were one batch: normalised one by one, batches of a single example would leave
+        nothing to learn. None for a plain mean, which adds up by itself. May not depend on the model's parameters.
+        """
+        return None
+
+    @property
+    def has_forward_door(self) -> bool:
+        """Whether this module takes part in the model's forward pass."""
+        return type(self).attach is not MetaModule.attach
+
+    @property
+    def has_batch_door(self) -> bool:
+        """Whether the model trains on another batch than the collated one."""
+        return type(self).transform_batch is not MetaModule.transform_batch
+
     @property
     def has_loss_door(self) -> bool:
         """Whether the objective is this module's; otherwise it is the model's own loss."""
         return type(self).reduce is not MetaModule.reduce
+
+    @property
+    def has_normalizer(self) -> bool:
+        """Whether the objective is a quotient."""
+        return type(self).normalizer is not MetaModule.normalizer
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError when `model` lacks what the doors need. Called before training starts."""

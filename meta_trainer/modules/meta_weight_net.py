@@ -15,8 +15,8 @@ LOSS_INPUTS = ("shared", "unperturbed", "candidate")
 class MetaWeightNet(MetaModule):
     r"""Weigh each example by its own loss, :math:`w_i = \sigma(\mathrm{MLP}(\ell_i))`.
 
-    The objective is :math:`\sum_i w_i \ell_i / \sum_i w_i`. The loss that the network reads is detached: the base model
-    cannot lower its objective by gaming the weights.
+    The objective is :math:`\sum_i w_i \ell_i / \sum_i w_i` over all examples of an optimizer step. The loss that the
+    network reads is detached: the base model cannot lower its objective by gaming the weights.
 
     A candidate of an evolutionary estimator has losses :math:`\ell_i(\theta_k)` of its own. Reading those, the
     network's own change along the perturbation would enter the hypergradient, which the exact one-step derivative with
@@ -56,7 +56,15 @@ class MetaWeightNet(MetaModule):
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """Weighted mean of the losses ``[N]``."""
-        weights = self(batch.get(REFERENCE_LOSSES, losses) if self.reference_losses else losses)  # [N]
+        weights = self._weights(losses, batch)
         total = weights.sum()
         # A sigmoid can underflow to zero for the whole batch.
         return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
+
+    def normalizer(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Sum of the weights."""
+        return self._weights(losses, batch).sum()
+
+    def _weights(self, losses: Tensor, batch: Batch) -> Tensor:
+        weights: Tensor = self(batch.get(REFERENCE_LOSSES, losses) if self.reference_losses else losses)  # [N]
+        return weights

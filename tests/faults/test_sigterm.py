@@ -6,9 +6,10 @@ import signal
 import threading
 
 import pytest
-from tiny import losses_only, meta_trainer, same, sentences, snapshot, tiny_bert, training_logs, weight_net
+from tiny import arguments, losses_only, meta_trainer, same, sentences, snapshot, tiny_bert, training_logs, weight_net
 from transformers import TrainerCallback
 
+from meta_trainer import MetaTrainer
 from meta_trainer.checkpoint import newest_complete
 from meta_trainer.sigterm import Terminated
 
@@ -83,6 +84,20 @@ def test_a_run_that_was_stopped_by_sigterm_goes_on_as_if_it_had_not(tmp_path, st
     resumed.train(resume_from_checkpoint=True)
     expected, found = outcome(straight), outcome(resumed)
     assert [name for name in expected if not same({0: found[name]}, {0: expected[name]})] == []
+
+
+def test_a_run_that_makes_its_model_itself_is_stopped_too(tmp_path):
+    trainer = MetaTrainer(
+        args=arguments(tmp_path, **SETTINGS),
+        model_init=lambda: tiny_bert(),
+        meta_module=weight_net(),
+        train_dataset=sentences(24, 1),
+        meta_dataset=sentences(8, 2),
+    )
+    trainer.add_callback(SendSigterm(2))
+    with pytest.raises(Terminated):
+        trainer.train()
+    assert newest_complete(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_trainers_own_checkpoints_at_sigterm_come_at_the_end_of_the_step_too(tmp_path):

@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from problem_zoo import ZOO, Case
+from test_intermediates import Transformed
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -115,13 +116,85 @@ def two_part_case():
     return Case(model, meta, train, val)
 
 
-@pytest.mark.parametrize("estimator", [evograd, finite_difference])
+@pytest.mark.parametrize("estimator", [evograd, finite_difference, t1t2])
 def test_two_replicas_agree_with_one_that_has_both_batches(estimator):
-    """Two threads stand for two processes; each mean is taken over what both have sent."""
     whole = two_part_case()
+    halves = [split(whole, slice(0, 4)), split(whole, slice(4, 8))]
+    results = on_replicas(lambda rank, mean: estimator(halves[rank].problem(mean=mean)))
+
+    # The labels of the halves' validation losses are flipped within each half.
+    whole.val = lambda call, meta, val=whole.val: (val(call, meta, slice(0, 4)) + val(call, meta, slice(4, 8))) / 2
+    expected = estimator(whole.problem())
+    for found in results:
+        assert_same_result(found, expected)
+
+
+SHARING = [
+    pytest.param(evograd, {"num_candidates": 4}, id="evograd"),
+    pytest.param(evograd, {"num_candidates": 5, "antithetic": True, "include_unperturbed": True}, id="layout"),
+    pytest.param(evograd, {"num_candidates": 3, "noise": "guided", "guidance": 0.5}, id="guided"),
+    pytest.param(finite_difference, {}, id="finite_difference"),
+]
+
+
+@pytest.mark.parametrize("with_intermediates", [False, True])
+@pytest.mark.parametrize(("estimator", "settings"), SHARING)
+def test_candidates_that_two_replicas_share_are_those_of_one(estimator, settings, with_intermediates):
+    def problem(case, **changes):
+        build = case.shared_problem if with_intermediates else case.problem
+        return build(with_train_grads=True, **changes)
+
+    cases = [Transformed(), Transformed()]
+    results = on_replicas(lambda rank, mean: estimator(problem(cases[rank], mean=mean, turn=(rank, 2)), **settings))
+
+    expected = estimator(problem(Transformed()), **settings)
+    for found in results:
+        assert_same_result(found, expected)
+    # Each replica's own; their mean is what counts.
+    train_grads = [torch.stack(parts).mean(dim=0) for parts in zip(*(r.train_grads for r in results), strict=True)]
+    assert_close(train_grads, list(expected.train_grads), rtol=1e-9, atol=1e-12)
+
+
+def test_each_replica_evaluates_its_share_and_the_first_candidate():
+    seen, cases = [[], []], [ZOO["linear"](torch.float64) for _ in range(2)]
+
+    def evaluate(rank, mean):
+        case = cases[rank]
+        start = case.theta[0].detach().clone()
+
+        def train_loss():
+            seen[rank].append(float((case.theta[0].detach() - start).flatten()[0]))
+            return case.train(case.model, case.meta_params)
+
+        return evograd(case.problem(train_loss=train_loss, mean=mean, turn=(rank, 2)), 5, noise=numbered)
+
+    on_replicas(evaluate)
+
+    assert [round(s, 3) for s in seen[0]] == [0.1, 0.3, 0.5]
+    assert [round(s, 3) for s in seen[1]] == [0.1, 0.2, 0.4]
+
+
+def test_more_replicas_than_candidates_are_refused():
+    case = ZOO["linear"](torch.float64)
+    with pytest.raises(ValueError, match=r"3 replicas should have at least as many candidates to share, got 2\."):
+        evograd(case.problem(turn=(0, 3)), 2)
+
+
+def test_t1t2_has_no_candidates_to_deal_out():
+    case = ZOO["linear"](torch.float64)
+    with pytest.raises(ValueError, match=r"`turn` should be \(0, 1\), got \(0, 2\)"):
+        t1t2(case.problem(turn=(0, 2)))
+
+
+def numbered(k, theta):
+    return [torch.full_like(t, 0.1 * (k + 1)) for t in theta]
+
+
+def on_replicas(evaluate):
+    """Results of ``evaluate(rank, mean)`` on two threads, which stand for two processes."""
     barrier, slots, results = threading.Barrier(2, timeout=20), [None, None], [None, None]
 
-    def replica(rank, case):
+    def replica(rank):
         def mean(tensor):
             slots[rank] = tensor
             barrier.wait()
@@ -129,28 +202,17 @@ def test_two_replicas_agree_with_one_that_has_both_batches(estimator):
             barrier.wait()
             return average
 
-        results[rank] = estimator(case.problem(mean=mean))
+        results[rank] = evaluate(rank, mean)
 
-    halves = [split(whole, slice(0, 4)), split(whole, slice(4, 8))]
-    threads = [threading.Thread(target=replica, args=pair) for pair in enumerate(halves)]
+    threads = [threading.Thread(target=replica, args=[rank]) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-
-    # The labels of the halves' validation losses are flipped within each half.
-    whole.val = lambda call, meta, val=whole.val: (val(call, meta, slice(0, 4)) + val(call, meta, slice(4, 8))) / 2
-    expected = estimator(whole.problem())
-    for found in results:
-        assert_close(found.grads, expected.grads, rtol=1e-9, atol=1e-12)
-        for name in ("val_loss", "train_losses", "weights", "scores"):
-            assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)
+    return results
 
 
-def test_t1t2_averages_the_replicas_hypergradients():
-    case = ZOO["linear"](torch.float64)
-    halved = t1t2(case.problem(mean=lambda tensor: tensor / 2))
-    plain = t1t2(case.problem())
-
-    assert_close(halved.grads[0], plain.grads[0] / 2)
-    assert_close(halved.val_loss, plain.val_loss / 2)
+def assert_same_result(found, expected):
+    assert_close(found.grads, expected.grads, rtol=1e-9, atol=1e-12)
+    for name in ("val_loss", "train_losses", "weights", "scores", "val_loss_change"):
+        assert_close(getattr(found, name), getattr(expected, name), rtol=1e-9, atol=1e-12)

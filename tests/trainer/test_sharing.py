@@ -367,7 +367,7 @@ def test_the_number_of_live_tensors_stays_the_same(tmp_path):
     assert live_tensors_after(3) == live_tensors_after(27)
 
 
-def test_only_the_first_micro_batch_is_shared(tmp_path):
+def test_candidates_share_each_micro_batch_and_the_base_step_runs_by_itself(tmp_path):
     def runs_of_the_body(num_steps):
         model = PointClassifier()
         body, calls = model.body[0], []
@@ -376,8 +376,8 @@ def test_only_the_first_micro_batch_is_shared(tmp_path):
         meta_trainer(tmp_path, model=model, **settings).train()
         return len(calls)
 
-    # In each step the train batch, the meta batch and the second micro-batch; in the first one also to find the way.
-    assert runs_of_the_body(3) - runs_of_the_body(1) == 2 * 3
+    # In each step the two micro-batches for all candidates, the meta batch, and the two micro-batches to train on.
+    assert runs_of_the_body(3) - runs_of_the_body(1) == 2 * (2 + 1 + 2)
 
 
 class BatchDoor(MetaModule):
