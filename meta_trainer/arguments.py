@@ -124,6 +124,13 @@ class MetaTrainingArguments(TrainingArguments):
             "order; longer steps are shortened. 0 for no limit."
         },
     )
+    meta_max_skipped: int = field(
+        default=20,
+        metadata={
+            "help": "Number of meta steps in a row that are skipped, as they lead to no finite numbers, before the run "
+            "stops with an error; 0 for no limit. Loss scaling in fp16 skips some of the first steps by design."
+        },
+    )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
 
     def __post_init__(self) -> None:
@@ -183,10 +190,13 @@ class MetaTrainingArguments(TrainingArguments):
         if not is_positive(self.meta_adam_epsilon):
             raise ValueError(f"`meta_adam_epsilon` should be a positive number, got {self.meta_adam_epsilon!r}.")
         for name in (
-            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"
+            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region",
+            "meta_max_skipped",
         ):  # fmt: skip
             if not is_not_negative(getattr(self, name)):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)!r}.")
+        if not is_integer(self.meta_max_skipped):
+            raise ValueError(f"`meta_max_skipped` should be a whole number, got {self.meta_max_skipped!r}.")
         if not is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
             raise ValueError(f"`seed` should be a whole number from 0 to {LARGEST_SEED}, got {self.seed!r}.")
         if self.scales_hypergradient and not is_positive(self.learning_rate):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from meta_trainer.agreement import decided_by_the_first
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.batch_checks import BatchChecks, CheckedCollator
+from meta_trainer.checkpoint import (
+    break_seal,
+    check_complete,
+    check_optimizer_state,
+    check_writable,
+    discard_incomplete,
+    load_state,
+    newest_complete,
+    reading,
+    seal,
+    write_manifest,
+    writing,
+)
 from meta_trainer.diagnostics import Diagnostics
 from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
 from meta_trainer.frozen import frozen
-from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
@@ -33,11 +47,8 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import (
-    apply_hypergradient,
-    create_meta_optimizer,
-    create_meta_scheduler,
-)
+from meta_trainer.meta_optimizer import all_finite, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_update import SkippedSteps, update_meta_module
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
@@ -46,6 +57,7 @@ from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreeme
 from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.scope import select_parameters
 from meta_trainer.shared_forward import SharedForward
+from meta_trainer.sigterm import SaveAndStop, listening, without_checkpoints_within_steps
 from meta_trainer.window import Window, from_first_process
 
 logger = logging.get_logger(__name__)
@@ -106,7 +118,8 @@ class MetaTrainer(Trainer):
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
-        super().__init__(model, args, *positional, **keywords)
+        with nullcontext() if meta_module is None else without_checkpoints_within_steps(args):
+            super().__init__(model, args, *positional, **keywords)
         if meta_module is not None:
             module = meta_module if isinstance(meta_module, MetaModule) else MetaModuleList(meta_module)
             self._set_up_meta_step(module, meta_dataset, per_example_loss)
@@ -145,6 +158,8 @@ class MetaTrainer(Trainer):
         initial = {} if self.model_init is None else meta_module.state_dict()
         self._initial_meta_module = {name: value.detach().to("cpu", copy=True) for name, value in initial.items()}
         self._start_meta_training()
+        self._stop = SaveAndStop()
+        self._checkpoint_in_work: Path | None = None
         self.add_callback(UseAverages(lambda: self.meta_optimizer))
 
     def _start_meta_training(self) -> None:
@@ -165,6 +180,7 @@ class MetaTrainer(Trainer):
         self._step_sum = TermSum()  # of the base step's micro-batches
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
+        self._skipped = SkippedSteps(self.args.meta_max_skipped)
 
     def _check_sharing(self) -> None:
         number = 2 if self.args.hypergradient == "finite_difference" else self.args.num_candidates
@@ -438,30 +454,24 @@ class MetaTrainer(Trainer):
         return estimate(problem, self.args, self.optimizer, seed)
 
     def _update_meta_module(self, result: Hypergradient) -> None:
-        args, grads = self.args, result.grads
         train_grads = [self._mean_over_replicas(grad) for grad in result.train_grads]
-        if args.meta_guard != "none":
-            grads = guarded(grads, train_grads, ascent_only=args.meta_guard == "ascent")
-        radius = args.meta_trust_region
-        before = [p.detach().clone() for p in self.meta_parameters] if radius else []
-        norm, stepped = apply_hypergradient(
-            self.meta_parameters, grads, self.meta_optimizer, self.meta_scaler, args.meta_max_grad_norm
+        update = update_meta_module(
+            result, train_grads, self.meta_parameters, self.meta_optimizer, self.meta_scaler, self.args
         )
-        if stepped and radius:
-            objective = result.train_losses.mean()
-            share = shorten_step(self.meta_parameters, before, train_grads, objective * radius)
-            self._meta_metrics.add(step_share=share)
-        rate = self.meta_optimizer.param_groups[0]["lr"]
-        skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
-        self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
-        if not stepped:
-            logger.warning(
-                f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."
-            )
+        rate = torch.full_like(update.norm, float(self.meta_optimizer.param_groups[0]["lr"]))
+        skipped = torch.full_like(update.norm, update.skipped is not None)
+        self._meta_metrics.add(skipped=skipped, learning_rate=rate)
+        self._last_objective = None
+        if update.skipped is not None:
+            self._skipped.skipped(self._num_meta_steps, update.skipped, self.model)
             return
+        self._skipped.taken()
+        if update.step_share is not None:
+            self._meta_metrics.add(step_share=update.step_share)
         if self.meta_lr_scheduler is not None:
             self.meta_lr_scheduler.step()
-        self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
+        self._meta_metrics.add(grad_norm=update.norm, **self._diagnostics.observe(result))
+        args = self.args
         # Blind perturbations change the loss by themselves.
         comparable = self._base_step_follows and args.world_size == 1
         self._last_objective = result.train_losses.mean() if comparable and not args.is_blind else None
@@ -591,33 +601,142 @@ class MetaTrainer(Trainer):
             means = self._meta_metrics.take()
             self._diagnostics.check(means)
             logs.update(means)
+            if means:
+                logs["meta/skipped_in_all"] = self._skipped.in_all
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------- checkpoints and cards
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; with a meta module, resume from complete checkpoints only, and save at SIGTERM.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest complete one.
+            *args: As in Trainer.
+            **kwargs: As in Trainer.
+
+        Raises:
+            ValueError: If the checkpoint is not complete, or there is none.
+            OSError: If checkpoints could not be written.
+            Terminated: If the run was stopped by SIGTERM.
+        """
+        if self.meta_module is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = decided_by_the_first(lambda: self._find_checkpoint(resume_from_checkpoint))
+        self._stop = SaveAndStop()
+        if not (self._saves or getattr(self.args, "enable_jit_checkpoint", False)):
+            return super().train(checkpoint, *args, **kwargs)
+        self.add_callback(self._stop)
+        try:
+            with listening(self._stop):
+                output = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(self._stop)
+        self._stop.finish(self.state)
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.meta_module is not None and self.state.global_step >= self.state.max_steps:
+            # Resumed at the last step, within an epoch; Trainer looks for the end after one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _saves(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        checkpoint = None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_complete(self._folder())
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self._folder()}.")
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            check_complete(checkpoint)
+        if self._saves:
+            check_writable(self._folder())
+            if self.args.save_total_limit:
+                discard_incomplete(self._folder())
+        return None if checkpoint is None else str(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.meta_module is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._checkpoint_in_work = folder
+        try:
+            with writing(folder):
+                if self.args.should_save:
+                    break_seal(folder)
+                super()._save_checkpoint(model, trial)
+                self._seal_checkpoint()
+        finally:
+            self._checkpoint_in_work = None
+        if self._stop.stopping:
+            self._stop.checkpoint = folder
+
+    def _seal_checkpoint(self) -> None:
+        """Add what was written last to the manifest, before the checkpoint is pushed, or when it was not."""
+        if self._checkpoint_in_work is not None and self.args.should_save:
+            seal(self._checkpoint_in_work)
+        self._checkpoint_in_work = None
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
             with averages(self.meta_optimizer):
                 self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            if self.args.save_only_model and self._checkpoint_in_work is not None:
+                write_manifest(self._checkpoint_in_work)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.meta_module is not None and self.args.should_save:
             torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.meta_module is not None and self._checkpoint_in_work is not None:
+            # Before the trainer's state, which makes the checkpoint count, and before older ones are deleted.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(self._checkpoint_in_work)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        # With save_strategy="best" only the best would be saved, also at SIGTERM.
+        return is_best or (self.meta_module is not None and self._stop.stopping)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._load_meta_module(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_meta_module(str(self.state.best_model_checkpoint))
+        checkpoint = str(self.state.best_model_checkpoint)
+        with self._reading(checkpoint):
+            super()._load_best_model()
+        self._load_meta_module(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.meta_module is not None and checkpoint is not None:
-            self._load_meta_state(Path(checkpoint))
+        with self._reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.meta_module is not None and checkpoint is not None:
+                self._load_meta_state(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _reading(self, checkpoint: str | None) -> AbstractContextManager[None]:
+        return nullcontext() if self.meta_module is None or checkpoint is None else reading(checkpoint)
 
     def _folder(self, output_dir: str | None = None) -> Path:
         return Path(output_dir or str(self.args.output_dir))
@@ -635,6 +754,7 @@ class MetaTrainer(Trainer):
             "scheduler": self.meta_lr_scheduler.state_dict(),
             "scaler": self.meta_scaler.state_dict(),
             "diagnostics": self._diagnostics.state_dict(),
+            "skipped": self._skipped.state_dict(),
             "num_meta_steps": self._num_meta_steps,
             "meta_batches_read": 0 if self.meta_data is None else self.meta_data.batches_read,
         }
@@ -648,18 +768,23 @@ class MetaTrainer(Trainer):
                 f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
             )
             return
-        # Optimizers put their states where the parameters are; a device of the CPU has no number here.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_state(file)
+        check_optimizer_state(state["optimizer"], self.meta_parameters, file)
         self.meta_optimizer.load_state_dict(state["optimizer"])
         restore_iterates(self.meta_optimizer, state["iterates"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
+        if not all_finite(self.meta_parameters, self.meta_optimizer):
+            raise ValueError(f"The meta module or the state of its optimizer in {checkpoint} is not finite.")
         self._diagnostics.load_state_dict(state["diagnostics"])
+        self._skipped.load_state_dict(state["skipped"])
         self._num_meta_steps = state["num_meta_steps"]
         if self.meta_data is not None:
             self.meta_data.seek(state["meta_batches_read"])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.meta_module is not None:
+            self._seal_checkpoint()
         if self.meta_module is not None and self.is_world_process_zero():
             source = Path(checkpoint_folder) / META_MODULE_FOLDER
             shutil.copytree(source, self._folder() / META_MODULE_FOLDER, dirs_exist_ok=True)

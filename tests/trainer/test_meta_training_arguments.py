@@ -214,6 +214,7 @@ COMMAND_LINE = {
     "meta_max_grad_norm": ("0", 0.0),
     "meta_guard": ("ascent", "ascent"),
     "meta_trust_region": ("0.01", 0.01),
+    "meta_max_skipped": ("5", 5),
     "per_device_meta_batch_size": ("16", 16),
 }
 
