@@ -9,10 +9,13 @@ from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from meta_trainer.hypergrad import AUTO, DEFAULT_SIGMA, NOISE_NAMES, Layout, check_evograd_settings
+from meta_trainer.hypergrad.checks import is_integer, is_not_negative, is_positive
 
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
 INNER_STEPS = ("sgd", "optimizer")
+MODEL_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
 GUARDS = ("none", "ascent", "change")
+LARGEST_SEED = 2**32 - 1  # numpy's
 
 
 @dataclass
@@ -121,6 +124,13 @@ class MetaTrainingArguments(TrainingArguments):
             "order; longer steps are shortened. 0 for no limit."
         },
     )
+    meta_max_skipped: int = field(
+        default=20,
+        metadata={
+            "help": "Number of meta steps in a row that are skipped, as they lead to no finite numbers, before the run "
+            "stops with an error; 0 for no limit. Loss scaling in fp16 skips some of the first steps by design."
+        },
+    )
     per_device_meta_batch_size: int = field(default=8, metadata={"help": "Size of a meta batch on each device."})
 
     def __post_init__(self) -> None:
@@ -128,11 +138,15 @@ class MetaTrainingArguments(TrainingArguments):
         if isinstance(self.perturb, str):
             self.perturb = [self.perturb]
         self._choose_defaults()
+        self.check_meta_settings()
+        super().__post_init__()
+
+    def check_meta_settings(self) -> None:
+        """Raise a ValueError if a meta setting is out of range, or does not go with the others."""
         if isinstance(self.temperature, str) and self.temperature != AUTO:
             self.temperature = _number("temperature", self.temperature)
         self._check_names()
         self._check_ranges()
-        super().__post_init__()
 
     def _choose_defaults(self) -> None:
         guided = self.hypergradient == "evograd" and self.noise == "guided"
@@ -153,6 +167,13 @@ class MetaTrainingArguments(TrainingArguments):
         ):
             if str(value) not in known:
                 raise ValueError(f"`{name}` should be one of {', '.join(known)}, got {value!r}.")
+        if any(str(self.meta_optim).startswith(kind) for kind in MODEL_OPTIMIZERS):
+            raise ValueError(
+                f"`meta_optim` should be an optimizer that does not depend on a model, got {self.meta_optim!r}. The "
+                "default is 'adamw_torch'."
+            )
+        if not isinstance(self.perturb, list | tuple) or not all(isinstance(p, str) for p in self.perturb):
+            raise ValueError(f"`perturb` should be 'all', 'head' or a list of name patterns, got {self.perturb!r}.")
         if not self.perturb or not all(self.perturb):
             raise ValueError("`perturb` should be 'all', 'head' or a list of name patterns, got an empty one.")
         if len(self.perturb) > 1 and {"all", "head"} & set(self.perturb):
@@ -163,18 +184,25 @@ class MetaTrainingArguments(TrainingArguments):
         check_evograd_settings(
             self.num_candidates, self.sigma, self.temperature, self.noise, layout, self.guidance, self.relative_sigma
         )
-        for name in ("meta_every", "meta_adam_epsilon", "per_device_meta_batch_size"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` should be a positive number, got {getattr(self, name)}.")
+        for name in ("meta_every", "per_device_meta_batch_size"):
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` should be a positive, whole number, got {getattr(self, name)!r}.")
+        if not is_positive(self.meta_adam_epsilon):
+            raise ValueError(f"`meta_adam_epsilon` should be a positive number, got {self.meta_adam_epsilon!r}.")
         for name in (
-            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"
+            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region",
+            "meta_max_skipped",
         ):  # fmt: skip
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)}.")
-        if self.scales_hypergradient and not 0 < self.learning_rate < float("inf"):
+            if not is_not_negative(getattr(self, name)):
+                raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)!r}.")
+        if not is_integer(self.meta_max_skipped):
+            raise ValueError(f"`meta_max_skipped` should be a whole number, got {self.meta_max_skipped!r}.")
+        if not is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:
+            raise ValueError(f"`seed` should be a whole number from 0 to {LARGEST_SEED}, got {self.seed!r}.")
+        if self.scales_hypergradient and not is_positive(self.learning_rate):
             raise ValueError(
                 f"`learning_rate` should be a positive number with hypergradient={self.hypergradient!r}, "
-                f"noise={self.noise!r} and temperature={self.temperature!r}, got {self.learning_rate}: it is "
+                f"noise={self.noise!r} and temperature={self.temperature!r}, got {self.learning_rate!r}: it is "
                 "the length of the inner step. Choose a positive one, or 'evograd' with blind noise and a temperature "
                 "in numbers, which does without."
             )
@@ -183,6 +211,8 @@ class MetaTrainingArguments(TrainingArguments):
                 f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
                 f"{self.noise!r}."
             )
+        if not isinstance(self.share_candidates, bool):
+            raise ValueError(f"`share_candidates` should be True or False, got {self.share_candidates!r}.")
         if self.share_candidates and self.hypergradient == "t1t2":
             raise ValueError("`share_candidates` needs candidates, of which hypergradient='t1t2' has none.")
         if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):

@@ -40,6 +40,7 @@ def _train(config: str | None, overrides: list[str]) -> int:
     # Reading settings needs no more than a second; torch and the tasks are loaded only for a run.
     from meta_trainer.recipe import read_recipe
     from meta_trainer.run import prepare, run
+    from meta_trainer.sigterm import EXIT_TERMINATED, Terminated
 
     console = Console()
     try:
@@ -50,7 +51,15 @@ def _train(config: str | None, overrides: list[str]) -> int:
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"meta-trainer: error: {error}", file=sys.stderr)
         return EXIT_WRONG_INPUT
-    run(recipe, methods, console)
+    try:
+        run(recipe, methods, console)
+    except Terminated as stop:
+        print(
+            f"meta-trainer: stopped by SIGTERM; {stop.checkpoint} is saved. To go on, give the same command with "
+            "--resume_from_checkpoint last.",
+            file=sys.stderr,
+        )
+        return EXIT_TERMINATED
     return 0
 
 

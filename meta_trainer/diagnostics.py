@@ -55,7 +55,7 @@ class Diagnostics:
             # The logarithm of a weight is a loss over the temperature, up to a constant.
             statistics["loss_spread"] = weights.log().std()
         if self._last is not None:
-            statistics["cosine_to_last"] = torch.nn.functional.cosine_similarity(flat, self._last, dim=0)
+            statistics["cosine_to_last"] = torch.nn.functional.cosine_similarity(flat, self._last.to(flat), dim=0)
         self._average(flat)
         if self._num_seen > 1:
             statistics["signal_to_noise"] = self._signal_to_noise()

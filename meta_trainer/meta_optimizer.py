@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.P
     meta_args = copy.copy(args)
     meta_args.optim, meta_args.learning_rate = args.meta_optim, args.meta_learning_rate
     meta_args.optim_args, meta_args.adam_epsilon = None, args.meta_adam_epsilon
+    # Read by schedule-free optimizers; the meta schedule has a warm-up of its own.
+    meta_args.warmup_steps = 0
     kind, kwargs = Trainer.get_optimizer_cls_and_kwargs(meta_args)
     optimizer: torch.optim.Optimizer = kind(
         [{"params": list(parameters), "weight_decay": args.meta_weight_decay}], **kwargs
@@ -69,3 +72,57 @@ def apply_hypergradient(
     scaler.update()
     optimizer.zero_grad()
     return norm.detach(), finite
+
+
+def all_finite(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parameters and the state of their optimizer hold no NaN and no infinity."""
+    finite: dict[torch.device, list[Tensor]] = {}
+    for tensor in (*parameters, *_floating(list(optimizer.state.values()))):
+        finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    # Adam counts its steps on the CPU; each other device is waited for once.
+    return all(bool(torch.stack(parts).all()) for parts in finite.values())
+
+
+class StepBack:
+    """Parameters and the state of their optimizer, to be given back after a step that led to no finite numbers.
+
+    Args:
+        parameters: The meta-parameters.
+        optimizer: Of the meta-parameters.
+
+    Attributes:
+        values: Of the parameters, aligned with them.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        self._parameters, self._optimizer = parameters, optimizer
+        self.values = [p.detach().clone() for p in parameters]
+        self._state = {key: copy.deepcopy(entry) for key, entry in optimizer.state.items()}
+        self._groups = [_settings(group) for group in optimizer.param_groups]
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Give everything back."""
+        for parameter, value in zip(self._parameters, self.values, strict=True):
+            parameter.copy_(value)
+        self._optimizer.state.clear()
+        self._optimizer.state.update(self._state)
+        for group, settings in zip(self._optimizer.param_groups, self._groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update(settings, params=parameters)
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+
+
+def _floating(value: Any) -> Iterator[Tensor]:
+    """The floating point tensors in nested containers, numbers as tensors among them."""
+    if isinstance(value, float):
+        yield torch.tensor(value, dtype=torch.float64)
+    elif isinstance(value, Tensor) and value.is_floating_point():
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _floating(part)

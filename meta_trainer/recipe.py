@@ -1,5 +1,6 @@
 """A recipe: flat settings from a YAML file and the command line, checked before anything is loaded."""
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +76,7 @@ class MetaModuleArguments:
     @property
     def layers(self) -> list[int | str]:
         """`rtn_layers`, numbers as numbers."""
-        return [int(layer) if layer.lstrip("-").isdigit() else layer for layer in self.rtn_layers]
+        return [int(layer) if re.fullmatch("-?[0-9]+", layer) else layer for layer in self.rtn_layers]
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,18 @@ def list_recipes() -> list[tuple[str, str]]:
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text(encoding="utf-8")
+        settings = yaml.safe_load(text)
+        node = yaml.compose(text, yaml.SafeLoader)
+    # The library raises ValueError itself for what only looks like a date or a number.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no valid YAML: {error}") from error
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{file} should hold `key: value` lines, got {type(settings).__name__}.")
+    keys = [key.value for key, _ in node.value]
+    # The library would take the last one.
+    if repeated := sorted({key for key in keys if keys.count(key) > 1}):
+        raise ValueError(f"{file} should hold each key once, got {', '.join(repeated)} more than once.")
     return settings
 
 

@@ -12,9 +12,10 @@ import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.checkpoint import check_complete, checkpoints, is_half_written, newest_complete
 from meta_trainer.meter import StepMeter
 from meta_trainer.modules import MetaModule, MetaWeightNet, RepresentationTransform
 from meta_trainer.recipe import MetaModuleArguments, Recipe
@@ -23,6 +24,8 @@ from meta_trainer.tasks import Task
 from meta_trainer.tasks.ner import NerArguments, build_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
+
+logger = logging.get_logger(__name__)
 
 TRAINING_LABELS = "training_labels.parquet"
 
@@ -96,7 +99,9 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
 
 
 def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module_names: list[str]) -> PreparedMethod:
-    training.resume_from_checkpoint = _find_checkpoint(training, recipe.run.compare_with_baseline)
+    training.resume_from_checkpoint = _find_checkpoint(
+        training, recipe.run.compare_with_baseline, bool(meta_module_names)
+    )
     if training.device.type == "cpu":
         # Pinned memory is for transfers to an accelerator; without one it is only warned about.
         training.dataloader_pin_memory = False
@@ -121,19 +126,24 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
     return PreparedMethod(name, task, trainer, meter)
 
 
-def _find_checkpoint(training: MetaTrainingArguments, one_of_two: bool) -> str | None:
-    """Folder of the checkpoint to resume from; ``last`` stands for the last one in the output folder.
+def _find_checkpoint(training: MetaTrainingArguments, one_of_two: bool, with_meta: bool) -> str | None:
+    """Folder of the checkpoint to resume from; ``last`` stands for the last complete one in the output folder.
 
-    Of two methods, the one that had not come to its first checkpoint starts anew.
+    A run that was killed before its first checkpoint was complete starts anew, and so does, of two methods, the one
+    that had not come to a checkpoint.
     """
-    setting, output_dir = training.resume_from_checkpoint, str(training.output_dir)
+    setting, output_dir = training.resume_from_checkpoint, Path(str(training.output_dir))
     if setting is None:
         return None
     if setting in ("last", "true", "True"):
-        checkpoint = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-        if checkpoint is None and not one_of_two:
+        found = checkpoints(output_dir)
+        if not found and not one_of_two:
             raise ValueError(f"resume_from_checkpoint={setting!r}: there is no checkpoint in {output_dir}.")
-        return checkpoint
+        if found and all(is_half_written(folder) for folder in found):
+            logger.warning(f"All checkpoints in {output_dir} are half-written: training starts anew.")
+            return None
+        checkpoint = newest_complete(output_dir, with_manifest=with_meta)
+        return None if checkpoint is None else str(checkpoint)
     if one_of_two:
         raise ValueError(
             f"With `compare_with_baseline`, `resume_from_checkpoint` should be 'last', got {setting!r}: each method "
@@ -141,6 +151,8 @@ def _find_checkpoint(training: MetaTrainingArguments, one_of_two: bool) -> str |
         )
     if not Path(setting).is_dir():
         raise ValueError(f"resume_from_checkpoint={setting!r}: there is no checkpoint of that name.")
+    if with_meta:
+        check_complete(Path(setting))
     return setting
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import date
 from difflib import get_close_matches
 from types import MappingProxyType, NoneType
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -42,6 +43,7 @@ class SettingsParser(HfArgumentParser):
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
         self._number_or_word = {name for name, hint in hints.items() if {float, str} <= {*get_args(hint)}}
+        self._truth_values = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         self._mappings = {
             name for name, hint in hints.items() if any("dict" in str(h) for h in (hint, *get_args(hint)))
         }
@@ -56,7 +58,7 @@ class SettingsParser(HfArgumentParser):
         """
         for key in settings:
             if key not in self._actions_by_key:
-                raise ValueError(f"{source}: unknown key {key!r}.{self._suggestion(key)}")
+                raise ValueError(f"{source}: unknown key {key!r}.{self._suggestion(str(key))}")
         self.set_defaults(**{key: self._converted(key, value, source) for key, value in settings.items()})
         for action in self._actions:
             action.required = False
@@ -130,7 +132,7 @@ class SettingsParser(HfArgumentParser):
         if isinstance(value, dict):
             if key not in self._mappings:
                 raise ValueError(f"{source}: `{key}` should be a plain value, got a mapping.")
-            return json.dumps(value)
+            return self._mapping(key, value, source)
         if action.nargs == "+":
             items = value if isinstance(value, list) else [value]
             return [self._item(action, item, source) for item in items]
@@ -138,7 +140,20 @@ class SettingsParser(HfArgumentParser):
             raise ValueError(f"{source}: `{key}` should be a single value, got a list.")
         return self._item(action, value, source)
 
+    def _mapping(self, key: str, value: dict[Any, Any], source: str) -> str:
+        try:
+            return json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: `{key}` should be a mapping that JSON can hold: {error}") from error
+
     def _item(self, action: argparse.Action, value: Any, source: str) -> Any:
+        if not isinstance(value, str | int | float | date):
+            raise ValueError(f"{source}: `{action.dest}` should hold text or numbers, got {type(value).__name__}.")
+        if isinstance(value, bool) and action.dest not in self._truth_values | self._trainer_fields:
+            raise ValueError(
+                f"{source}: `{action.dest}` should be text or a number, got {str(value).lower()}. YAML reads yes, no, "
+                "on and off as a truth value: put the word in quotes."
+            )
         try:
             item = self._get_value(action, str(value))
             self._check_value(action, item)

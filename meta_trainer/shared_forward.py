@@ -70,13 +70,14 @@ class SharedForward:
 
     Args:
         device: Whose random numbers a forward pass may draw, besides the CPU's.
+        compiled: Whether the base step runs a compiled model, which starts from nobody's results.
 
     Attributes:
         intermediates: `BilevelProblem.intermediates` of the present batch, known after the first evaluation.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, compiled: bool = False) -> None:
+        self._device, self._compiled = device, compiled
         self._key: object = None
         self._plan = _Plan()
         self.intermediates: list[tuple[Tensor, Tensor]] = []
@@ -112,7 +113,7 @@ class SharedForward:
         self.clear()
         key = (id(model), *map(id, theta), *map(id, meta_params))
         if self._key != key:
-            self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass)
+            self._key, self._plan = key, _make_plan(model, theta, meta_params, forward_pass, self._compiled)
         self._modules, self._trainable = list(model.modules()), trainable
 
     @contextmanager
@@ -220,10 +221,11 @@ def _make_plan(
     theta: Sequence[nn.Parameter],
     meta_params: Sequence[nn.Parameter],
     forward_pass: Callable[[], object],
+    compiled: bool,
 ) -> _Plan:
     if {id(parameter) for parameter in model.parameters()} <= {id(parameter) for parameter in theta}:
         return _Plan()
-    if is_compiled_module(model) or has_compiled_regions(model):
+    if compiled or is_compiled_module(model) or has_compiled_regions(model):
         _warn("it is compiled")
         return _Plan()
     with _traced(list(model.modules())) as trace, frozen(meta_params):

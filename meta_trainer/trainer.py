@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,31 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from meta_trainer.agreement import decided_by_the_first
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.batch_checks import BatchChecks, CheckedCollator
+from meta_trainer.checkpoint import (
+    break_seal,
+    check_complete,
+    check_optimizer_state,
+    check_writable,
+    discard_incomplete,
+    load_state,
+    newest_complete,
+    reading,
+    seal,
+    write_manifest,
+    writing,
+)
 from meta_trainer.diagnostics import Diagnostics
+from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
 from meta_trainer.frozen import frozen
-from meta_trainer.guard import guarded, shorten_step
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
@@ -30,22 +46,24 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import apply_hypergradient, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import all_finite, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_update import SkippedSteps, update_meta_module
 from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
 from meta_trainer.overlap import overlap
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
+from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.scope import select_parameters
 from meta_trainer.sharding import (
     ShardingEngine,
-    check_engine_settings,
     find_engine,
     holds_optimizer,
     local_part,
     recovering,
 )
 from meta_trainer.shared_forward import SharedForward
+from meta_trainer.sigterm import SaveAndStop, listening, without_checkpoints_within_steps
 from meta_trainer.window import Window, from_first_process
 
 logger = logging.get_logger(__name__)
@@ -106,7 +124,8 @@ class MetaTrainer(Trainer):
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
-        super().__init__(model, args, *positional, **keywords)
+        with nullcontext() if meta_module is None else without_checkpoints_within_steps(args):
+            super().__init__(model, args, *positional, **keywords)
         if meta_module is not None:
             module = meta_module if isinstance(meta_module, MetaModule) else MetaModuleList(meta_module)
             self._set_up_meta_step(module, meta_dataset, per_example_loss)
@@ -117,9 +136,7 @@ class MetaTrainer(Trainer):
         meta_dataset: Dataset[Any] | None,
         per_example_loss: Callable[[Any, Tensor], Tensor] | None,
     ) -> None:
-        self._refuse_engines()
-        check_engine_settings(self, self.model, self.args, meta_module)
-        self.args.check_activation_checkpointing()
+        check_engine(self, self.model, self.args, meta_module)
         check_base_optimizer(self.args, self.optimizer)
         self._check_sharing()
         if meta_module.has_loss_door and self.compute_loss_func is not None and per_example_loss is None:
@@ -136,27 +153,41 @@ class MetaTrainer(Trainer):
 
         self.meta_module = meta_module.to(self.args.device)
         self._broadcast_meta_module()
+        self._meta_dataset = meta_dataset
+        smoothing = self.args.label_smoothing_factor
+        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
+        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
+        self._reference: Batch | None = None  # None while the doors are shut
+        self._base_step_follows = False
+        self._compiled = is_compiled(self, self.model)
+        # A model from `model_init` starts anew with every `train()`, and the meta module with it.
+        initial = {} if self.model_init is None else meta_module.state_dict()
+        self._initial_meta_module = {name: value.detach().to("cpu", copy=True) for name, value in initial.items()}
+        self._start_meta_training()
+        self._stop = SaveAndStop()
+        self._checkpoint_in_work: Path | None = None
+        self.add_callback(UseAverages(lambda: self.meta_optimizer))
+
+    def _start_meta_training(self) -> None:
+        """Set up all that meta steps leave behind, by the present settings."""
         self.meta_optimizer = create_meta_optimizer(self.args, self.meta_parameters)
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
-        smoothing = self.args.label_smoothing_factor
-        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
-        self.meta_data = None if meta_dataset is None else self._create_meta_data(meta_dataset)
+        self._batch_checks = self._create_batch_checks()
+        self.meta_data = None if self._meta_dataset is None else self._create_meta_data(self._meta_dataset)
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
         self._path_checked = False
         self._last_objective: Tensor | None = None
-        self._reference: Batch | None = None  # None while the doors are shut
-        self._shared_forward = SharedForward(self.args.device)
-        self._base_step_follows = False
+        self._shared_forward = SharedForward(self.args.device, compiled=self._compiled)
         self._window = Window([])
         self._normalizers: list[Tensor] = []  # of the evaluation under way
         self._step_sum = TermSum()  # of the base step's micro-batches
-        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
         self._divides_loss = False  # by its normalizer, before the backward pass
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
+        self._skipped = SkippedSteps(self.args.meta_max_skipped)
 
     def _check_sharing(self) -> None:
         number = 2 if self.args.hypergradient == "finite_difference" else self.args.num_candidates
@@ -166,15 +197,9 @@ class MetaTrainer(Trainer):
                 "`num_candidates` to a multiple of the number of processes."
             )
 
-    def _refuse_engines(self) -> None:
-        for used, engine in ((self.args.n_gpu > 1, "torch.nn.DataParallel"),):
-            if used:
-                raise NotImplementedError(
-                    f"A meta step does not run under {engine}. Start one process per device with `accelerate launch`."
-                )
-
     def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
-        collate = self._get_collator_with_removed_columns(self.data_collator, description="meta")
+        collator = CheckedCollator(self.data_collator, "meta", self._batch_checks)
+        collate = self._get_collator_with_removed_columns(collator, description="meta")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return MetaDataStream(
             dataset,
@@ -184,6 +209,28 @@ class MetaTrainer(Trainer):
             self.args.process_index,
             self.args.world_size,
         )
+
+    def _create_batch_checks(self) -> BatchChecks:
+        # An objective of the user's own reads labels of any kind.
+        own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
+        return BatchChecks(
+            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""
+        if self.meta_module is None:
+            return super().get_train_dataloader()
+        if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
+            raise ValueError("`train_dataset` should hold at least one example, got none.")
+        collator = self.data_collator
+        # What a meta module makes of a batch is not known here.
+        checks = None if self.meta_module.has_batch_door else self._batch_checks
+        self.data_collator = CheckedCollator(collator, "train", checks, META_BATCH, self._batch_checks)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     # ---------------------------------------------------------------------------------------------- the two steps
 
@@ -205,6 +252,9 @@ class MetaTrainer(Trainer):
             if self._meta_step_is_due():
                 # Memory holds the graph of one micro-batch at a time.
                 self._base_step_follows = len(self._window.batches) == 1 and not self.args.share_candidates
+                # As the base step does: schedule-free optimizers train other parameters than they evaluate.
+                set_training_mode(self.optimizer, True)
+                set_training_mode(self.meta_optimizer, True)
                 self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
             if self.meta_module.has_loss_door:
@@ -257,7 +307,8 @@ class MetaTrainer(Trainer):
         """
         if self.meta_module is None:
             raise ValueError("A meta step needs a `meta_module`; this trainer was made without one.")
-        base_model = self.accelerator.unwrap_model(model)
+        # Of a compiled model, the one inside: it heeds hooks and has second derivatives.
+        base_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         window = self._window if self._window.begins_with(inputs) else Window([inputs])
         with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
             window, meta_batch = self._meta_step_batches(window)
@@ -328,9 +379,14 @@ class MetaTrainer(Trainer):
         meta_batch: Batch,
         engine: ShardingEngine | None,
     ) -> BilevelProblem:
+        num_items = None
+        if self.args.world_size > 1:
+            # Replicas may have differing numbers of tokens; in their mean, each counts as Trainer has it count.
+            _, num_items = super().get_batch_samples(iter([meta_batch]), 1, self.args.device)
+
         def val_loss() -> Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(model, dict(meta_batch))
+                return self.compute_loss(model, dict(meta_batch), num_items_in_batch=num_items)
 
         sharded = None if engine is None else engine.select(theta)
         # A forward pass under such an engine is tied to the backward pass that follows it.
@@ -424,30 +480,24 @@ class MetaTrainer(Trainer):
         return estimate(problem, self.args, self.optimizer, seed)
 
     def _update_meta_module(self, result: Hypergradient) -> None:
-        args, grads = self.args, result.grads
         train_grads = [self._mean_over_replicas(grad) for grad in result.train_grads]
-        if args.meta_guard != "none":
-            grads = guarded(grads, train_grads, ascent_only=args.meta_guard == "ascent")
-        radius = args.meta_trust_region
-        before = [p.detach().clone() for p in self.meta_parameters] if radius else []
-        norm, stepped = apply_hypergradient(
-            self.meta_parameters, grads, self.meta_optimizer, self.meta_scaler, args.meta_max_grad_norm
+        update = update_meta_module(
+            result, train_grads, self.meta_parameters, self.meta_optimizer, self.meta_scaler, self.args
         )
-        if stepped and radius:
-            objective = result.train_losses.mean()
-            share = shorten_step(self.meta_parameters, before, train_grads, objective * radius)
-            self._meta_metrics.add(step_share=share)
-        rate = self.meta_optimizer.param_groups[0]["lr"]
-        skipped = torch.zeros_like(norm) if stepped else torch.ones_like(norm)
-        self._meta_metrics.add(skipped=skipped, learning_rate=torch.full_like(norm, float(rate)))
-        if not stepped:
-            logger.warning(
-                f"The hypergradient of meta step {self._num_meta_steps} is not finite: the meta module stays as it was."
-            )
+        rate = torch.full_like(update.norm, float(self.meta_optimizer.param_groups[0]["lr"]))
+        skipped = torch.full_like(update.norm, update.skipped is not None)
+        self._meta_metrics.add(skipped=skipped, learning_rate=rate)
+        self._last_objective = None
+        if update.skipped is not None:
+            self._skipped.skipped(self._num_meta_steps, update.skipped, self.model)
             return
+        self._skipped.taken()
+        if update.step_share is not None:
+            self._meta_metrics.add(step_share=update.step_share)
         if self.meta_lr_scheduler is not None:
             self.meta_lr_scheduler.step()
-        self._meta_metrics.add(grad_norm=norm, **self._diagnostics.observe(result))
+        self._meta_metrics.add(grad_norm=update.norm, **self._diagnostics.observe(result))
+        args = self.args
         # Blind perturbations change the loss by themselves.
         comparable = self._base_step_follows and args.world_size == 1
         self._last_objective = result.train_losses.mean() if comparable and not args.is_blind else None
@@ -550,6 +600,24 @@ class MetaTrainer(Trainer):
             self._last_meta_step_at = None
         return scheduler
 
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model, as in Trainer; the meta module starts anew with it, from where it was handed over."""
+        model = super().call_model_init(trial)
+        if self.meta_module is not None:
+            self.meta_module.load_state_dict(self._initial_meta_module)
+            self._start_meta_training()
+        return model
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.meta_module is not None and trial is not None:
+            # A trial sets attributes, which no one has looked at.
+            self.args.check_meta_settings()
+            check_engine(self, self.model, self.args, self.meta_module)
+            check_base_optimizer(self.args, self.optimizer)
+            self._check_sharing()
+            self._start_meta_training()
+
     def _broadcast_meta_module(self) -> None:
         """Start every replica from the parameters of the first one."""
         if self.args.world_size > 1:
@@ -562,14 +630,96 @@ class MetaTrainer(Trainer):
             means = self._meta_metrics.take()
             self._diagnostics.check(means)
             logs.update(means)
+            if means:
+                logs["meta/skipped_in_all"] = self._skipped.in_all
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------- checkpoints and cards
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer does; with a meta module, resume from complete checkpoints only, and save at SIGTERM.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest complete one.
+            *args: As in Trainer.
+            **kwargs: As in Trainer.
+
+        Raises:
+            ValueError: If the checkpoint is not complete, or there is none.
+            OSError: If checkpoints could not be written.
+            Terminated: If the run was stopped by SIGTERM.
+        """
+        if self.meta_module is None:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        checkpoint = decided_by_the_first(lambda: self._find_checkpoint(resume_from_checkpoint))
+        self._stop = SaveAndStop()
+        if not (self._saves or getattr(self.args, "enable_jit_checkpoint", False)):
+            return super().train(checkpoint, *args, **kwargs)
+        self.add_callback(self._stop)
+        try:
+            with listening(self._stop):
+                output = super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(self._stop)
+        self._stop.finish(self.state)
+        return output
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.meta_module is not None and self.state.global_step >= self.state.max_steps:
+            # Resumed at the last step, within an epoch; Trainer looks for the end after one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    @property
+    def _saves(self) -> bool:
+        return self.args.save_strategy != SaveStrategy.NO
+
+    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        checkpoint = None
+        if resume_from_checkpoint is True:
+            checkpoint = newest_complete(self._folder())
+            if checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self._folder()}.")
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            check_complete(checkpoint)
+        if self._saves:
+            check_writable(self._folder())
+            if self.args.save_total_limit:
+                discard_incomplete(self._folder())
+        return None if checkpoint is None else str(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.meta_module is None:
+            super()._save_checkpoint(model, trial)
+            return
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._checkpoint_in_work = folder
+        try:
+            with writing(folder):
+                if self.args.should_save:
+                    break_seal(folder)
+                super()._save_checkpoint(model, trial)
+                self._seal_checkpoint()
+        finally:
+            self._checkpoint_in_work = None
+        if self._stop.stopping:
+            self._stop.checkpoint = folder
+
+    def _seal_checkpoint(self) -> None:
+        """Add what was written last to the manifest, before the checkpoint is pushed, or when it was not."""
+        if self._checkpoint_in_work is not None and self.args.should_save:
+            seal(self._checkpoint_in_work)
+        self._checkpoint_in_work = None
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
-            self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            with averages(self.meta_optimizer):
+                self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            if self.args.save_only_model and self._checkpoint_in_work is not None:
+                write_manifest(self._checkpoint_in_work)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -578,34 +728,66 @@ class MetaTrainer(Trainer):
             self.meta_module.save_pretrained(Path(output_dir) / META_MODULE_FOLDER)
             torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.meta_module is not None and self._checkpoint_in_work is not None:
+            # Before the trainer's state, which makes the checkpoint count, and before older ones are deleted.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                write_manifest(self._checkpoint_in_work)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        # With save_strategy="best" only the best would be saved, also at SIGTERM.
+        return is_best or (self.meta_module is not None and self._stop.stopping)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._load_meta_module(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_meta_module(str(self.state.best_model_checkpoint))
+        checkpoint = str(self.state.best_model_checkpoint)
+        with self._reading(checkpoint):
+            super()._load_best_model()
+        self._load_meta_module(checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.meta_module is not None and checkpoint is not None:
-            # DeepSpeed goes without `_load_from_checkpoint`.
-            self._load_meta_module(checkpoint)
-            self._load_meta_state(Path(checkpoint))
+        with self._reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.meta_module is not None and checkpoint is not None:
+                # DeepSpeed goes without `_load_from_checkpoint`.
+                self._load_meta_module(checkpoint)
+                self._load_meta_state(Path(checkpoint))
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _reading(self, checkpoint: str | None) -> AbstractContextManager[None]:
+        return nullcontext() if self.meta_module is None or checkpoint is None else reading(checkpoint)
 
     def _folder(self, output_dir: str | None = None) -> Path:
         return Path(output_dir or str(self.args.output_dir))
 
     def _load_meta_module(self, folder: str) -> None:
         if self.meta_module is not None:
+            # The file holds the averages of a schedule-free optimizer.
+            set_training_mode(self.meta_optimizer, False)
             self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
 
     def _meta_state(self) -> dict[str, Any]:
         return {
+            "iterates": iterates(self.meta_optimizer),
             "optimizer": self.meta_optimizer.state_dict(),
             "scheduler": self.meta_lr_scheduler.state_dict(),
             "scaler": self.meta_scaler.state_dict(),
             "diagnostics": self._diagnostics.state_dict(),
+            "skipped": self._skipped.state_dict(),
             "num_meta_steps": self._num_meta_steps,
             "meta_batches_read": 0 if self.meta_data is None else self.meta_data.batches_read,
         }
@@ -619,17 +801,23 @@ class MetaTrainer(Trainer):
                 f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
             )
             return
-        # The optimizer puts its state where its parameters are.
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_state(file)
+        check_optimizer_state(state["optimizer"], self.meta_parameters, file)
         self.meta_optimizer.load_state_dict(state["optimizer"])
+        restore_iterates(self.meta_optimizer, state["iterates"])
         self.meta_lr_scheduler.load_state_dict(state["scheduler"])
         self.meta_scaler.load_state_dict(state["scaler"])
+        if not all_finite(self.meta_parameters, self.meta_optimizer):
+            raise ValueError(f"The meta module or the state of its optimizer in {checkpoint} is not finite.")
         self._diagnostics.load_state_dict(state["diagnostics"])
+        self._skipped.load_state_dict(state["skipped"])
         self._num_meta_steps = state["num_meta_steps"]
         if self.meta_data is not None:
             self.meta_data.seek(state["meta_batches_read"])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.meta_module is not None:
+            self._seal_checkpoint()
         if self.meta_module is not None and self.is_world_process_zero():
             source = Path(checkpoint_folder) / META_MODULE_FOLDER
             shutil.copytree(source, self._folder() / META_MODULE_FOLDER, dirs_exist_ok=True)

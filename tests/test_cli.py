@@ -1,7 +1,9 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from meta_trainer import MetaModuleList, RepresentationTransform
+from meta_trainer import MetaModuleList, MetaTrainer, RepresentationTransform
 from meta_trainer.cli import main
 
 TINY = {
@@ -84,6 +86,52 @@ def test_a_resumed_run_ends_in_the_same_bytes(recipe, tmp_path):
     for name in ("model.safetensors", "meta_module/model.safetensors"):
         assert (straight / name).read_bytes() == (stopped / name).read_bytes()
     assert isinstance(MetaModuleList.from_pretrained(stopped / "meta_module"), MetaModuleList)
+
+
+def test_a_run_that_gets_sigterm_saves_and_says_how_to_go_on(recipe, tmp_path, capfd, monkeypatch):
+    file = recipe(compare_with_baseline=True)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main(["train", "--config", file, "--output_dir", str(straight)]) == 0
+    meta_step = MetaTrainer.meta_step
+
+    def with_sigterm(self, *args):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return meta_step(self, *args)
+
+    monkeypatch.setattr(MetaTrainer, "meta_step", with_sigterm)
+    capfd.readouterr()
+    assert main(["train", "--config", file, "--output_dir", str(stopped)]) == 143
+    monkeypatch.undo()
+    error = capfd.readouterr().err
+    assert f"stopped by SIGTERM; {stopped / 'checkpoint-2'} is saved." in error
+    assert "--resume_from_checkpoint last" in error
+    assert not (stopped / "results.json").exists()
+
+    resume = ["--output_dir", str(stopped), "--resume_from_checkpoint", "last"]
+    assert main(["train", "--config", file, *resume]) == 0
+    for name in ("baseline/model.safetensors", "model.safetensors", "meta_module/model.safetensors"):
+        assert (straight / name).read_bytes() == (stopped / name).read_bytes()
+
+
+def test_a_run_killed_in_its_first_save_starts_anew_and_a_damaged_checkpoint_is_refused(
+    recipe, tmp_path, capfd, caplog
+):
+    file, run = recipe(max_steps=2, save_steps=1), tmp_path / "run"
+    half_written = run / "checkpoint-1"
+    half_written.mkdir(parents=True)
+    (half_written / "model.safetensors").touch()
+    assert main(["train", "--config", file, "--resume_from_checkpoint", "last"]) == 0
+    assert "half-written: training starts anew" in caplog.text
+
+    (run / "checkpoint-2/meta_state.pt").write_bytes(b"")
+    assert main(["train", "--config", file, "--resume_from_checkpoint", str(run / "checkpoint-2")]) == 2
+    error = capfd.readouterr().err
+    assert "checkpoint-2 is incomplete or was changed: meta_state.pt has 0 bytes" in error
+    assert "Traceback" not in error
+    # The one before it is there.
+    assert main(["train", "--config", file, "--resume_from_checkpoint", "last"]) == 0
+    assert "checkpoint-2 is incomplete and passed over" in caplog.text
 
 
 def test_the_method_learns_the_same_beside_a_baseline_and_alone(recipe, tmp_path):

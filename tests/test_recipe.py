@@ -1,5 +1,6 @@
 """Reading a recipe: what is accepted, what is refused, and with which words."""
 
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,14 @@ def test_the_output_folder_is_named_after_the_recipe(tmp_path):
         ({"source_data": None, "source_train_file": "nowhere.parquet"}, "no file .*nowhere.parquet"),
         ({"perturb": ["all", "classifier"]}, "`perturb` should be 'all' or 'head' alone"),
         ({"rtn_bottleneck_size": 0}, "`rtn_bottleneck_size` should be at least 1"),
+        (
+            {"source_subset": False},
+            "`source_subset` should be text or a number, got false. YAML reads .* put .* in quotes",
+        ),
+        ({"perturb": [["all"]]}, "`perturb` should hold text or numbers, got list"),
+        ({"perturb": [None]}, "`perturb` should hold text or numbers, got NoneType"),
+        ({"description": b"x"}, "`description` should hold text or numbers, got bytes"),
+        ({"lr_scheduler_kwargs": {"day": date(2026, 1, 1)}}, "`lr_scheduler_kwargs` should be a mapping that JSON can"),
     ],
 )
 def test_a_wrong_setting_is_refused_before_anything_is_loaded(tmp_path, settings, message):
@@ -96,12 +105,35 @@ def test_a_wrong_argument_is_refused(tmp_path, overrides, message):
         read_recipe(recipe_file(tmp_path), overrides)
 
 
-@pytest.mark.parametrize("content", ["- a\n- b\n", "just text", "a: [1", "", b"\xff\xfe\x00"])
+@pytest.mark.parametrize(
+    "content",
+    ["- a\n- b\n", "just text", "a: [1", "", b"\xff\xfe\x00", "seed: 2026-13-45", "seed: !!int x", "[" * 3000],
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, content):
     file = tmp_path / "recipe.yaml"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=r"recipe.yaml (is no valid YAML|should hold `key: value` lines)"):
         read_recipe(str(file), [])
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("seed: 1\nsigma: 0.1\nseed: 2\n")
+    with pytest.raises(ValueError, match=r"should hold each key once, got seed more than once"):
+        read_recipe(str(file), [])
+
+
+@pytest.mark.parametrize("key", ["1", "null", "true", "2026-01-01"])
+def test_a_key_that_is_no_text_is_unknown(tmp_path, key):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{key}: 2\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: unknown key (1|None|True|datetime.*)\. (See|Did)"):
+        read_recipe(str(file), [])
+
+
+def test_layers_that_only_look_like_numbers_are_names(tmp_path):
+    recipe = read_recipe(recipe_file(tmp_path, rtn_layers=[2, -1, "--1", "²"]), [])
+    assert recipe.module.layers == [2, -1, "--1", "²"]
 
 
 def test_recipes_of_the_package_are_found_by_name_and_missing_ones_are_not():

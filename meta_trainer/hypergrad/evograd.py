@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.checks import is_integer, is_positive
 from meta_trainer.hypergrad.inner_step import InnerStep
 from meta_trainer.hypergrad.noise import INDEPENDENT, Layout, Noise, Perturbations, check_noise_name
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
@@ -97,6 +98,8 @@ def evograd(
     layout = Layout(antithetic, orthogonal, include_unperturbed)
     check_evograd_settings(num_candidates, sigma, temperature, noise, layout, guidance, relative_sigma)
     _check_inner_step(noise, relative_sigma, guidance, inner_step)
+    if not is_integer(seed):
+        raise ValueError(f"`seed` should be a whole number, got {seed!r}.")
     length: float | Tensor = DEFAULT_SIGMA if sigma is None else sigma
     with Sandbox(problem) as sandbox:
         shape = Shape(sandbox, noise, relative_sigma, inner_step)
@@ -189,6 +192,8 @@ def check_evograd_settings(
     relative_sigma: bool = False,
 ) -> None:
     """Raise ValueError for settings of :func:`evograd` that are out of range or do not go together."""
+    if not is_integer(num_candidates):
+        raise ValueError(f"`num_candidates` should be a whole number, got {num_candidates!r}.")
     if num_candidates == 1:
         raise ValueError(
             "`num_candidates` should be at least 2, got 1. A single candidate has weight 1 whatever its loss, so that "
@@ -201,15 +206,18 @@ def check_evograd_settings(
             raise ValueError(f"`temperature` should be a positive, finite number or {AUTO!r}, got {temperature!r}.")
         temperature = 1.0
     for name, value in (("sigma", DEFAULT_SIGMA if sigma is None else sigma), ("temperature", temperature)):
-        if value is None or not 0 < value < float("inf"):
-            raise ValueError(f"`{name}` should be a positive, finite number, got {value}.")
+        if not is_positive(value):
+            raise ValueError(f"`{name}` should be a positive, finite number, got {value!r}.")
     check_noise_name(noise)
+    for name, value in (*vars(layout).items(), ("relative_sigma", relative_sigma)):
+        if not isinstance(value, bool):
+            raise ValueError(f"`{name}` should be True or False, got {value!r}.")
     if relative_sigma and (callable(noise) or noise == "optimizer"):
         raise ValueError(
             f"`relative_sigma` scales signs, normal and guided noise, but noise={noise!r} has a scale of its own."
         )
-    if not 0 < guidance <= 1:
-        raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance}.")
+    if not is_positive(guidance) or guidance > 1:
+        raise ValueError(f"`guidance` should be above 0 and at most 1, got {guidance!r}.")
     if guidance < 1 and noise != "guided":
         raise ValueError(f"`guidance` is the share of a known direction in noise='guided', but `noise` is {noise!r}.")
     blind = not callable(noise) and (noise != "guided" or guidance < 1)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
@@ -43,8 +44,8 @@ def finite_difference(
     References:
         Liu et al., `DARTS: Differentiable Architecture Search <https://arxiv.org/abs/1806.09055>`_, ICLR 2019, eq. 8.
     """
-    if step_size is not None and not 0 < step_size < float("inf"):
-        raise ValueError(f"`step_size` should be a positive, finite number, got {step_size}.")
+    if step_size is not None and not is_positive(step_size):
+        raise ValueError(f"`step_size` should be a positive, finite number, got {step_size!r}.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox:
         drift = step.drift()

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.hypergrad.flat_blocks import inner_product
 
 
@@ -61,8 +62,8 @@ class GradientDescent:
 
     def __post_init__(self) -> None:
         """Check the learning rate."""
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"`lr` should be a positive, finite number, got {self.lr}.")
+        if not is_positive(self.lr):
+            raise ValueError(f"`lr` should be a positive, finite number, got {self.lr!r}.")
 
     @property
     def is_uniform(self) -> bool:

@@ -95,6 +95,8 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
     if len({id(t) for t in tensors}) != len(tensors):
         raise ValueError(f"`{name}` holds the same tensor twice. List each tied parameter once.")
     for position, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"`{name}[{position}]` should be a tensor, got {type(tensor).__name__}.")
         if not tensor.is_floating_point():
             raise ValueError(f"`{name}[{position}]` should be a floating-point tensor, got {tensor.dtype}.")
         if not tensor.is_leaf:
@@ -102,6 +104,10 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
                 f"`{name}[{position}]` should be a leaf tensor, but it is the result of an operation that autograd "
                 "recorded. Pass the parameter itself."
             )
+    if not any(tensor.numel() for tensor in tensors):
+        raise ValueError(
+            f"`{name}` should hold at least one number, got tensors of the shapes {[[*t.shape] for t in tensors]}."
+        )
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,8 @@ class Sandbox:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"`{name}` should return a scalar tensor, got {found}. Average over the batch first.")
+        if not loss.is_floating_point():
+            raise ValueError(f"`{name}` should return a floating-point tensor, got {loss.dtype}.")
         # Low precision would round the differences between candidates away.
         return loss.reshape(()).to(torch.promote_types(loss.dtype, torch.float32))
 

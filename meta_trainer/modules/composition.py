@@ -51,6 +51,16 @@ class MetaModuleList(MetaModule):
         return all(member.may_be_idle for member in self)
 
     @property
+    def has_forward_door(self) -> bool:
+        """Whether a member uses the forward door."""
+        return any(member.has_forward_door for member in self)
+
+    @property
+    def has_batch_door(self) -> bool:
+        """Whether a member uses the batch door."""
+        return any(member.has_batch_door for member in self)
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether a member uses the loss door."""
         return any(member.has_loss_door for member in self)

@@ -98,6 +98,16 @@ class MetaModule(
         return None
 
     @property
+    def has_forward_door(self) -> bool:
+        """Whether this module takes part in the model's forward pass."""
+        return type(self).attach is not MetaModule.attach
+
+    @property
+    def has_batch_door(self) -> bool:
+        """Whether the model trains on another batch than the collated one."""
+        return type(self).transform_batch is not MetaModule.transform_batch
+
+    @property
     def has_loss_door(self) -> bool:
         """Whether the objective is this module's; otherwise it is the model's own loss."""
         return type(self).reduce is not MetaModule.reduce

@@ -110,6 +110,7 @@ def _of_shards(args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]:
         args.share_candidates,
         "`share_candidates`, as all processes evaluate every candidate together. Leave it out.",
     )
+    yield args.torch_compile, "`torch_compile`, whose graphs keep gathered parameters. Leave it out."
 
 
 def _offloads(policy: Any) -> bool:

@@ -1,9 +1,11 @@
 """The base model: a classifier of tokens or of whole texts, pretrained or built from a config."""
 
 from collections.abc import Sequence
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, BertConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from meta_trainer.tasks.model import ModelArguments
@@ -50,6 +52,9 @@ def make_model(auto_class: Any, model: ModelArguments, config: PreTrainedConfig,
         model: What to load, or to build from scratch.
         config: From :func:`make_config`.
         seed: Of the new weights.
+
+    Raises:
+        ValueError: If there are no weights, or a file of them is broken or would run code.
     """
     options = {"trust_remote_code": model.trust_remote_code, "attn_implementation": model.attn_implementation}
     # Named devices: with several of them, fork_rng would warn that it saves them all.
@@ -57,6 +62,9 @@ def make_model(auto_class: Any, model: ModelArguments, config: PreTrainedConfig,
         torch.manual_seed(seed)
         if model.model_name_or_path is None:
             return auto_class.from_config(config, **options)
-        return auto_class.from_pretrained(
-            model.model_name_or_path, config=config, ignore_mismatched_sizes=True, **options
-        )
+        try:
+            return auto_class.from_pretrained(
+                model.model_name_or_path, config=config, ignore_mismatched_sizes=True, **options
+            )
+        except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+            raise ValueError(f"No weights can be loaded from {model.model_name_or_path!r}: {error}") from error

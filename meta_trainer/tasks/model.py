@@ -25,7 +25,7 @@ class ModelArguments:
         default=2000, metadata={"help": "Most word pieces that a tokenizer trained on the data may have."}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that comes with a Hub repository."}
+        default=False, metadata={"help": "Run code that comes with a Hub model, tokenizer or metric."}
     )
     attn_implementation: str | None = field(
         default=None,

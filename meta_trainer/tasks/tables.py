@@ -9,7 +9,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
-TABLE_SUFFIXES = (".parquet", ".json", ".jsonl", ".csv")
+JSON_SUFFIXES = (".json", ".jsonl")
+TABLE_SUFFIXES = (".parquet", *JSON_SUFFIXES, ".csv")
 
 
 def read_table(path: Path) -> Dataset:
@@ -18,33 +19,56 @@ def read_table(path: Path) -> Dataset:
     Read at once into memory: the sets are small, and no cache folder is written.
 
     Raises:
-        ValueError: If the file cannot be read as what its name says.
+        ValueError: If the file cannot be read as what its name says, or has a column twice.
     """
+    rows = _json_rows(path) if path.suffix in JSON_SUFFIXES else None
     try:
-        if path.suffix == ".parquet":
-            return Dataset(pyarrow.parquet.read_table(path))
-        if path.suffix == ".csv":
-            options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            return Dataset(pyarrow.csv.read_csv(path, parse_options=options))
-        return Dataset.from_list(_json_rows(path))
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from error
+        if rows is not None:
+            return Dataset.from_list(rows)
+        table = pyarrow.parquet.read_table(path) if path.suffix == ".parquet" else _csv_table(path)
+        names = table.column_names
+        if len(set(names)) == len(names):
+            return Dataset(table)
+    # What the libraries raise for a file of another kind, and for a column of values that go in no column together.
+    except (pyarrow.ArrowException, ValueError, OverflowError, RecursionError) as error:
+        # Some of them quote a whole value.
+        raise ValueError(f"{path} cannot be read as a table: {str(error)[:300]}") from error
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    raise ValueError(f"{path} should have each column once, got {', '.join(map(repr, repeated))} more than once.")
+
+
+def _csv_table(path: Path) -> pyarrow.Table:
+    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    return pyarrow.csv.read_csv(path, parse_options=options)
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} should be UTF-8 text: {error}") from error
     whole = text.lstrip().startswith("[")
     chunks = [(1, text)] if whole else [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     rows: list[dict[str, Any]] = []
     for number, chunk in chunks:
         try:
-            value = json.loads(chunk)
+            value = json.loads(chunk, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number + error.lineno - 1}: not JSON: {error.msg}.") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: cannot be read: {error}") from error
         rows.extend(value if whole else [value])
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: expected a list of objects, or one object a line, each a row.")
     return rows
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the library would take the last of several values of one name."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"an object should have each name once, got {', '.join(names)}")
+    return dict(pairs)
 
 
 def load_split(path: str, subset: str | None, split: str) -> Dataset:

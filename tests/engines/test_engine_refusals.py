@@ -63,6 +63,7 @@ REFUSED = [
     (trainer_under(fsdp=fsdp()), {"noise": "optimizer"}, "under FSDP with inner_step='optimizer' or noise="),
     (trainer_under(fsdp=fsdp()), {"share_candidates": True}, "under FSDP with `share_candidates`"),
     (trainer_under(deepspeed=zero(3)), {"hypergradient": "t1t2"}, "under DeepSpeed ZeRO-3 with hypergradient='t1t2'"),
+    (trainer_under(fsdp=fsdp()), {"torch_compile": True}, "under FSDP with `torch_compile`"),
     (trainer_under(deepspeed=zero(3)), {"share_candidates": True}, "under DeepSpeed ZeRO-3 with `share_candidates`"),
     (
         trainer_under(deepspeed=zero(1)),

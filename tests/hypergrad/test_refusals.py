@@ -32,6 +32,12 @@ def problem(**changes):
         ({"sigma": float("nan")}, "`sigma` should be a positive, finite number, got nan"),
         ({"temperature": 0.0}, "`temperature` should be a positive, finite number, got 0.0"),
         ({"temperature": float("inf")}, "`temperature` should be a positive, finite number, got inf"),
+        ({"sigma": "0.1"}, "`sigma` should be a positive, finite number, got '0.1'"),
+        ({"sigma": 1e-320}, "`sigma` should be a positive, finite number, got 1e-320"),
+        ({"temperature": True}, "`temperature` should be a positive, finite number, got True"),
+        ({"num_candidates": 2.0}, "`num_candidates` should be a whole number, got 2.0"),
+        ({"seed": "1"}, "`seed` should be a whole number, got '1'"),
+        ({"antithetic": "no"}, "`antithetic` should be True or False, got 'no'"),
         ({"noise": "uniform"}, "`noise` should be one of 'sign', .*'guided' or a function, got 'uniform'"),
         ({"noise": lambda k, theta: []}, r"of shapes \[\[3\]\], got \[\] for candidate 0"),
         (
@@ -65,11 +71,20 @@ def test_a_loss_that_is_no_scalar_is_named(estimator, name, value, found):
         estimator(problem(**{name: lambda: value}))
 
 
+@pytest.mark.parametrize("estimator", [evograd, t1t2, finite_difference])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_a_loss_that_is_no_real_number_is_named(estimator, dtype):
+    with pytest.raises(ValueError, match=f"`train_loss` should return a floating-point tensor, got {dtype}"):
+        estimator(problem(train_loss=lambda: torch.ones((), dtype=dtype)))
+
+
 @pytest.mark.parametrize("name", ["theta", "meta_params"])
 def test_tensors_that_could_not_be_differentiated_are_named(name):
     leaf = torch.ones(2, requires_grad=True)
     for tensors, message in [
         ([], f"`{name}` should hold at least one tensor, got none"),
+        ([None], rf"`{name}\[0\]` should be a tensor, got NoneType"),
+        ([torch.ones(0, requires_grad=True)], rf"`{name}` should hold at least one number, got .* \[\[0\]\]"),
         ([leaf, leaf], f"`{name}` holds the same tensor twice"),
         (
             [leaf, torch.ones(2, dtype=torch.int64)],

@@ -40,6 +40,31 @@ def test_a_missing_column_is_named_beside_those_that_there_are():
         check_columns(dataset, "news", ["text", "topic"])
 
 
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path):
+    (tmp_path / "a.csv").write_text("text,label,label\na,x,y\n")
+    with pytest.raises(ValueError, match=r"a\.csv should have each column once, got 'label' more than once"):
+        read_table(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "text": "b"}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: .*should have each name once, got text, text"):
+        read_table(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", r"should be UTF-8 text"),
+        (b"[" * 100_000, r"line 1: (cannot be read|not JSON)"),
+        (b'{"text": "\\ud800"}', r"cannot be read as a table: .*surrogates"),
+        (b'{"text": 1}\n{"text": "%s"}' % (b"long" * 10_000), r"cannot be read as a table: .{,300}$"),
+        (b'{"label": 99999999999999999999999}', r"cannot be read as a table"),
+    ],
+)
+def test_a_json_file_of_what_no_table_holds_is_named(tmp_path: Path, content, message):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)a\.jsonl,? {message}"):
+        read_table(tmp_path / "a.jsonl")
+
+
 def test_an_empty_folder_is_no_data_set(tmp_path: Path):
     with pytest.raises(ValueError, match="split 'train' cannot be loaded"):
         load_split(str(tmp_path), None, "train")

@@ -1,23 +1,16 @@
 """What a run leaves on disk and on the Hub."""
 
 import json
-from fnmatch import fnmatch
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import transformers.trainer
+from fake_hub import META_FILES, Hub, files
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny import HiddenShift, IdentityModule, meta_trainer, same, sentences, snapshot, weight_net
 
 from meta_trainer import MetaModuleList, MetaWeightNet
-
-META_FILES = {"meta_module/config.json", "meta_module/model.safetensors"}
-
-
-def files(folder):
-    return {str(file.relative_to(folder)) for file in Path(folder).rglob("*") if file.is_file()}
 
 
 def test_save_model_writes_the_meta_module_beside_the_model(tmp_path):
@@ -79,21 +72,6 @@ def test_the_model_card_of_several_meta_modules_names_each_and_its_own_estimator
     assert "**MetaWeightNet and a HiddenShift** (21 parameters)" in text
     assert "| `hypergradient` | t1t2 |" in text
     assert "`sigma`" not in text
-
-
-class Hub:
-    """The part of the Hub that Trainer speaks to, on this machine."""
-
-    def __init__(self) -> None:
-        self.uploads: list[tuple[str, set[str]]] = []
-
-    def create_repo(self, name: str, **kwargs):
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(self, folder_path, path_in_repo="", ignore_patterns=(), **kwargs):
-        kept = {f for f in files(folder_path) if not any(fnmatch(f, pattern) for pattern in ignore_patterns)}
-        self.uploads.append((path_in_repo, kept))
-        return SimpleNamespace(is_done=lambda: True, result=lambda: None)
 
 
 @pytest.fixture

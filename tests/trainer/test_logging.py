@@ -12,6 +12,7 @@ NAMES = {
     for name in (
         "loss", "loss_change", "loss_slope", "grad_norm", "learning_rate", "skipped", "max_candidate_weight",
         "candidate_weight_range", "effective_candidates", "loss_spread", "cosine_to_last", "signal_to_noise",
+        "skipped_in_all",
     )
 }  # fmt: skip
 

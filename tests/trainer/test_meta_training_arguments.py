@@ -28,7 +28,7 @@ def test_the_defaults_of_the_estimator_are_those_of_the_paper(tmp_path):
 @pytest.mark.parametrize("name", ["sigma", "temperature", "meta_every", "per_device_meta_batch_size"])
 @pytest.mark.parametrize("value", [0, -1, INF, NAN])
 def test_what_should_be_positive_is_checked(tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"`{name}` should be a positive(, finite)? number, got {value}"):
+    with pytest.raises(ValueError, match=f"`{name}` should be a positive(, finite|, whole)? number, got {value}"):
         arguments(tmp_path, **{name: value})
 
 
@@ -73,6 +73,38 @@ def test_reentrant_checkpointing_is_refused_under_its_old_name(tmp_path):
     args = arguments(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="should have use_reentrant=False"):
         args.check_activation_checkpointing()
+
+
+@pytest.mark.parametrize("name", ["num_candidates", "meta_every", "per_device_meta_batch_size", "seed"])
+@pytest.mark.parametrize("value", [2.5, "3", True, None])
+def test_what_is_counted_should_be_whole(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` should be a .*whole number.*, got {value!r}"):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["sigma", "guidance", "meta_learning_rate", "meta_adam_epsilon", "meta_trust_region"])
+@pytest.mark.parametrize("value", ["0.5", True, [1.0], 10**400])
+def test_what_is_measured_should_be_a_number_that_single_precision_can_hold(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` should be .*got {re.escape(repr(value))}"):
+        arguments(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["antithetic", "orthogonal", "include_unperturbed", "relative_sigma"])
+def test_a_truth_value_is_no_text(tmp_path, name):
+    with pytest.raises(ValueError, match=f"`{name}` should be True or False, got 'false'"):
+        arguments(tmp_path, **{name: "false"})
+
+
+@pytest.mark.parametrize("value", [3, {"a": 1}, [1], [None], [["all"]]])
+def test_a_scope_that_is_no_text_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=rf"list of name patterns, got {re.escape(repr(value))}"):
+        arguments(tmp_path, perturb=value)
+
+
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_a_seed_that_numpy_would_refuse_is_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=f"`seed` should be a whole number from 0 to 4294967295, got {value}"):
+        arguments(tmp_path, seed=value)
 
 
 @pytest.mark.parametrize("value", [1, 0, -2])
@@ -182,6 +214,7 @@ COMMAND_LINE = {
     "meta_max_grad_norm": ("0", 0.0),
     "meta_guard": ("ascent", "ascent"),
     "meta_trust_region": ("0.01", 0.01),
+    "meta_max_skipped": ("5", 5),
     "per_device_meta_batch_size": ("16", 16),
 }
 

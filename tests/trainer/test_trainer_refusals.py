@@ -25,6 +25,44 @@ def test_a_meta_dataset_without_examples_or_length_is_refused(tmp_path, meta_dat
         meta_trainer(tmp_path, keywords={"meta_dataset": meta_dataset})
 
 
+def test_a_train_dataset_without_examples_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` should hold at least one example, got none"):
+        meta_trainer(tmp_path, keywords={"train_dataset": []}).train()
+
+
+@pytest.mark.parametrize("kind", ["train", "meta"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": 2}, "`labels` should lie between 0 and 1"),
+        ({"input_ids": [50] * 6}, "`input_ids` should lie between"),
+    ],
+)
+def test_rows_that_the_model_cannot_take_are_refused_before_a_pass(tmp_path, kind, change, message):
+    rows = [{**row, **change} for row in sentences(8, 1)]
+    trainer = meta_trainer(tmp_path, keywords={f"{kind}_dataset": rows})
+    with pytest.raises(ValueError, match=f"BertForSequenceClassification cannot take a {kind} batch: {message}"):
+        trainer.train()
+
+
+def test_a_module_that_transforms_the_batch_may_be_given_any_labels(tmp_path):
+    class Corrected(IdentityModule):
+        def transform_batch(self, batch):
+            return {**batch, "labels": batch["labels"].clamp(max=1)}
+
+    rows = [{**row, "labels": 5} for row in sentences(8, 1)]
+    trainer = meta_trainer(tmp_path, Corrected(), keywords={"train_dataset": rows})
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_the_data_collator_stays_the_users_own(tmp_path):
+    trainer = meta_trainer(tmp_path)
+    collator = trainer.data_collator
+    trainer.get_train_dataloader()
+    assert trainer.data_collator is collator
+
+
 def test_every_example_of_the_meta_dataset_is_seen_once_a_pass(tmp_path):
     trainer = meta_trainer(tmp_path, per_device_meta_batch_size=NUM_META)
     for _ in range(2):

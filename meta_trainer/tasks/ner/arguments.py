@@ -98,7 +98,9 @@ class NerArguments:
     )
     metrics: list[str] = field(
         default_factory=list,
-        metadata={"help": "Further metrics of the evaluate library: names or local scripts."},
+        metadata={
+            "help": "Further metrics of the evaluate library: names or local scripts; they need trust_remote_code."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -74,7 +74,7 @@ def build_ner_task(
         eval_dataset=encoded(data.target_validation, min(EVALUATION_LENGTH, limit)),
         test_dataset=encoded(data.target_test, min(EVALUATION_LENGTH, limit)),
         data_collator=collator,
-        compute_metrics=EntityScores(data.tags, ner.metrics),
+        compute_metrics=EntityScores(data.tags, ner.metrics, model.trust_remote_code),
         main_metric="f1",
         pipeline_tag="token-classification",
         baseline="joint training",

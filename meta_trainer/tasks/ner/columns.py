@@ -1,5 +1,6 @@
 """Tagged sentences from the columns of a data set."""
 
+from reprlib import repr as short
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -39,7 +40,8 @@ def read_columns(
 def _check_rows(sentences: Sentences) -> None:
     for i, (tokens, tags) in enumerate(zip(sentences.tokens, sentences.tags, strict=True)):
         if not isinstance(tokens, list) or not isinstance(tags, list):
-            raise ValueError(f"{sentences.where(i)}: expected lists of words and of tags, got {tokens!r}, {tags!r}.")
+            found = f"{short(tokens)}, {short(tags)}"
+            raise ValueError(f"{sentences.where(i)}: expected lists of words and of tags, got {found}.")
         if not tokens:
             raise ValueError(f"{sentences.where(i)} has no words; leave it out of the data.")
         if len(tokens) != len(tags):
@@ -66,7 +68,7 @@ def _tag_text(tag: Any, names: list[str] | None, sentences: Sentences, i: int, j
         return tag
     if names is None:
         raise ValueError(
-            f"{sentences.where(i, j)}: expected a tag as text, got {tag!r}; "
+            f"{sentences.where(i, j)}: expected a tag as text, got {short(tag)}; "
             "integer tags need a column of ClassLabel type that names them."
         )
     if not isinstance(tag, int) or not 0 <= tag < len(names):

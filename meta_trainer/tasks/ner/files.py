@@ -52,9 +52,13 @@ def read_conll(path: Path) -> Sentences:
 
 def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
     """Yield the numbered lines of each sentence."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} should be UTF-8 text: {error}") from error
     block: list[tuple[int, str]] = []
     # Split at line feeds only: str.splitlines would also break a word at Unicode's rarer line separators.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             block.append((number, line.rstrip("\r")))
         elif block:

@@ -25,12 +25,20 @@ class EntityScores:
         tags: The classes in the order of their ids.
         further_metrics: Names or local scripts for ``evaluate.load``. Each gets ``predictions`` and
             ``references`` as lists of tag sequences; its numbers are named ``<metric>_<key>``.
+        trust_remote_code: Whether the scripts of further metrics may run: a name stands for one as well.
 
     Raises:
-        ValueError: If a further metric cannot be loaded.
+        ValueError: If a further metric cannot be loaded, or may not run.
     """
 
-    def __init__(self, tags: Sequence[str], further_metrics: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tags: Sequence[str], further_metrics: Sequence[str] = (), trust_remote_code: bool = False
+    ) -> None:
+        if further_metrics and not trust_remote_code:
+            raise ValueError(
+                f"metrics: {', '.join(further_metrics)} would run as a script, from a file or the Hub. Set "
+                "trust_remote_code if you trust it."
+            )
         self.tags = tuple(tags)
         self.further_metrics = {Path(name).stem: _load_metric(name) for name in further_metrics}
 

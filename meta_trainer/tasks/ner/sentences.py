@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from reprlib import repr as short
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Sentences:
         """Describe a place, counted from 1 as an editor does; ``sentence`` and ``token`` count from 0."""
         place = f"{self.name}, sentence {sentence + 1}"
         if token is not None:
-            place += f", token {token + 1} {self.tokens[sentence][token]!r}"
+            place += f", token {token + 1} {short(self.tokens[sentence][token])}"
         if self.lines is not None:
             place += f" (line {self.lines[sentence] + (token or 0)})"
         return place

@@ -1,6 +1,7 @@
 """IOB2 tags: the check, the renaming of entity types, and the joint inventory of several data sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as short
 
 from meta_trainer.tasks.ner.sentences import Sentences
 
@@ -16,7 +17,9 @@ def check_iob2(sentences: Sentences) -> None:
         previous = OUTSIDE
         for j, tag in enumerate(tags):
             if tag != OUTSIDE and (tag[:2] not in ("B-", "I-") or not tag[2:].strip()):
-                raise ValueError(f"{sentences.where(i, j)}: expected an IOB2 tag (O, B-TYPE or I-TYPE), got {tag!r}.")
+                raise ValueError(
+                    f"{sentences.where(i, j)}: expected an IOB2 tag (O, B-TYPE or I-TYPE), got {short(tag)}."
+                )
             if tag[:2] == "I-" and previous[2:] != tag[2:]:
                 raise ValueError(
                     f"{sentences.where(i, j)}: {tag!r} continues an entity, but the tag before it is "

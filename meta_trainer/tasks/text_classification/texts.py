@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from datasets import ClassLabel, Dataset
@@ -59,7 +60,7 @@ def read_texts(
     texts = list(dataset[text_column])
     for i in rows:
         if not isinstance(texts[i], str):
-            raise ValueError(f"{name}, row {i + 1}: expected a text in {text_column!r}, got {texts[i]!r}.")
+            raise ValueError(f"{name}, row {i + 1}: expected a text in {text_column!r}, got {short(texts[i])}.")
     labels = _labels(dataset, name, label_column, rows)
     return Texts(
         name=name,
@@ -105,7 +106,7 @@ def _label_text(value: Any, names: list[str], where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, int):
-        raise ValueError(f"{where}: expected a label as text or integer, got {value!r}.")
+        raise ValueError(f"{where}: expected a label as text or integer, got {short(value)}.")
     if names and not 0 <= value < len(names):
         raise ValueError(
             f"{where}: label {value} is outside the {len(names)} classes {', '.join(names)}. A split without labels "

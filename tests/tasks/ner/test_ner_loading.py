@@ -53,6 +53,12 @@ def test_a_conll_line_without_a_tag_is_named(tmp_path: Path):
         read_conll(path)
 
 
+def test_a_conll_file_of_another_encoding_is_named(tmp_path: Path):
+    (tmp_path / "a.conll").write_text("Ada B-PER\n", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"a\.conll should be UTF-8 text"):
+        read_conll(tmp_path / "a.conll")
+
+
 def test_a_malformed_tag_of_a_conll_file_is_named_with_its_line(tmp_path: Path):
     path = tmp_path / "a.txt"
     path.write_text("It O\n\nin O\nTurin I-LOC\n")

@@ -71,7 +71,9 @@ def test_the_numbers_of_a_local_metric_script_are_added_under_its_name(tmp_path:
     monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", tmp_path)
     script = tmp_path / "same_length.py"
     script.write_text(METRIC)
-    scores = EntityScores(TAGS, [str(script)])(prediction([[3, 0], [1, 1]], [[3, 0], [-100, 0]]))
+    scores = EntityScores(TAGS, [str(script)], trust_remote_code=True)(
+        prediction([[3, 0], [1, 1]], [[3, 0], [-100, 0]])
+    )
     assert {key: value for key, value in scores.items() if key.startswith("same_length")} == {
         "same_length_right": 2.0,
         "same_length_sizes_rows": 2.0,
@@ -80,4 +82,4 @@ def test_the_numbers_of_a_local_metric_script_are_added_under_its_name(tmp_path:
 
 def test_a_metric_that_does_not_exist_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no_metric\.py' is no metric"):
-        EntityScores(TAGS, [str(tmp_path / "no_metric.py")])
+        EntityScores(TAGS, [str(tmp_path / "no_metric.py")], trust_remote_code=True)

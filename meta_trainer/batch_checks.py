@@ -1,0 +1,225 @@
+"""What a model cannot take, found where a batch is made: on the host, so that no accelerator is waited for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from reprlib import repr as short
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from meta_trainer.modules import Batch
+from meta_trainer.per_example_loss import IGNORED
+
+TEXT_CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
+TOKEN_CLASSIFIERS = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
+
+
+class BatchChecks:
+    """Columns, shapes, types and ranges that a model's forward pass takes for granted.
+
+    Labels are checked for the text and token classifiers of transformers, numbers of tokens for every model of text.
+
+    Args:
+        model: The base model.
+        hidden: Columns that the model does not get.
+        reads_labels: Whether the loss is the model's own.
+    """
+
+    def __init__(self, model: nn.Module, hidden: Sequence[str], reads_labels: bool) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        self.required = {p.name for p in named if p.default is p.empty}
+        self.known = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in named}
+        self.hidden = frozenset(hidden)
+        # PEFT wraps a model that stays what it is.
+        model = getattr(model, "get_base_model", lambda: model)()
+        self.model_name = type(model).__name__
+        self.config: Any = getattr(model, "config", None)
+        self.per_token = self.model_name in TOKEN_CLASSIFIERS
+        self.reads_labels = reads_labels and (self.per_token or self.model_name in TEXT_CLASSIFIERS)
+        self.sizes = _table_sizes(model)
+        self.positions = _positions(model)
+        self._float_labels: bool | None = None
+
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Raise ValueError, which says what is wrong, unless the model can take the batch."""
+        self._check_columns({key for key in batch if key not in self.hidden})
+        for column, size in self.sizes.items():
+            if column in batch:
+                self._check_indices(column, batch[column], size)
+        self._check_shapes(batch)
+        if self.reads_labels:
+            self._check_labels(batch)
+
+    def _check_columns(self, columns: set[str]) -> None:
+        if not columns:
+            raise ValueError("it has no column that the model takes")
+        if missing := sorted(self.required - columns):
+            raise ValueError(f"it should have the columns {missing}, got {sorted(columns)}")
+        if self.known is not None and (unknown := sorted(columns - self.known)):
+            raise ValueError(f"{self.model_name} takes the columns {sorted(self.known)}, got also {unknown}")
+
+    def _check_indices(self, column: str, values: Any, size: int) -> None:
+        if not isinstance(values, Tensor) or values.dtype not in (torch.int64, torch.int32) or values.dim() != 2:
+            raise ValueError(f"`{column}` should be integers of shape [B, T], got {_found(values)}")
+        if not values.numel():
+            raise ValueError(f"`{column}` should hold at least one token, got {_found(values)}")
+        low, high = values.min().item(), values.max().item()
+        if low < 0 or high >= size:
+            raise ValueError(f"`{column}` should lie between 0 and {size - 1}, got {low if low < 0 else high}")
+
+    def _check_shapes(self, batch: Mapping[str, Any]) -> None:
+        if "input_ids" not in self.sizes or "inputs_embeds" in batch:
+            return
+        if "input_ids" not in batch:
+            raise ValueError(f"it should have a column `input_ids`, got the columns {sorted(batch)}")
+        shape = batch["input_ids"].shape
+        if self.positions is not None and shape[1] > self.positions:
+            raise ValueError(f"a sentence should have at most {self.positions} tokens, got {shape[1]}: truncate it")
+        for column in ("attention_mask", "token_type_ids"):
+            value = batch.get(column)
+            if isinstance(value, Tensor) and value.dim() == 2 and value.shape != shape:
+                raise ValueError(f"`{column}` should have the shape {list(shape)} of the tokens, got {_found(value)}")
+
+    def _check_labels(self, batch: Mapping[str, Any]) -> None:
+        labels = batch.get("labels")
+        if not isinstance(labels, Tensor):
+            found = f"the columns {sorted(batch)}" if labels is None else _found(labels)
+            raise ValueError(f"it should have a column `labels` to learn from, got {found}")
+        if self._float_labels is not None and labels.is_floating_point() != self._float_labels:
+            raise ValueError(f"`labels` should be of one kind in all batches, got {_found(labels)} after others")
+        tokens = batch.get("input_ids")
+        rows = len(labels) if not isinstance(tokens, Tensor) else len(tokens)
+        if self._has_float_labels(labels):
+            self._check_float_labels(labels, rows)
+        else:
+            self._check_classes(labels, list(tokens.shape) if self.per_token and isinstance(tokens, Tensor) else [rows])
+        self._float_labels = labels.is_floating_point()
+
+    def _has_float_labels(self, labels: Tensor) -> bool:
+        if self.per_token:
+            return False
+        kind = getattr(self.config, "problem_type", None)
+        if kind is None:
+            # As the heads themselves guess.
+            return self.config.num_labels == 1 or labels.is_floating_point()
+        return bool(kind != "single_label_classification")
+
+    def _check_float_labels(self, labels: Tensor, rows: int) -> None:
+        number = self.config.num_labels
+        shapes = [[rows, number]] if number > 1 else [[rows], [rows, 1]]
+        right = labels.is_floating_point() and labels.dtype != torch.float64
+        if not right or list(labels.shape) not in shapes or not rows:
+            raise ValueError(
+                f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} "
+                f"labels that are no classes, got {_found(labels)}"
+            )
+        if not labels.isfinite().all():
+            raise ValueError("`labels` should be finite, got nan or infinity among them")
+
+    def _check_classes(self, labels: Tensor, shape: list[int]) -> None:
+        number = self.config.num_labels
+        if labels.dtype != torch.int64 or list(labels.shape) not in (shape, [*shape, 1]):
+            raise ValueError(f"`labels` should be int64 of shape {shape}, got {_found(labels)}")
+        counted = labels[labels != IGNORED]
+        if not counted.numel():
+            raise ValueError(
+                f"at least one of its labels should count, got none or {IGNORED} only: its loss would be nan"
+            )
+        low, high = counted.min().item(), counted.max().item()
+        if low < 0 or high >= number:
+            raise ValueError(
+                f"`labels` should lie between 0 and {number - 1}, or be {IGNORED}, got {low if low < 0 else high}. Set "
+                "`num_labels` of the model's config to the number of classes"
+            )
+
+
+class CheckedCollator:
+    """A data collator that says in one ValueError what is wrong with its examples.
+
+    Args:
+        collate: From a list of examples to a batch.
+        kind: What errors call the batch: ``"train"`` or ``"meta"``.
+        checks: Of the batch; None for none.
+        nested: Column in which the collator may put a meta batch; None for no such column.
+        nested_checks: Of that one.
+    """
+
+    def __init__(
+        self,
+        collate: Callable[[list[Any]], Batch],
+        kind: str,
+        checks: BatchChecks | None,
+        nested: str | None = None,
+        nested_checks: BatchChecks | None = None,
+    ) -> None:
+        self.collate, self.kind, self.checks = collate, kind, checks
+        self.nested, self.nested_checks = nested, nested_checks
+
+    def __call__(self, examples: list[Any]) -> Batch:
+        """The collated batch.
+
+        Raises:
+            ValueError: If the examples cannot be put together, or the model cannot take what comes of it.
+        """
+        try:
+            batch = self.collate(examples)
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"the data collator should return a dictionary, got {type(batch).__name__}")
+        # What collators raise for columns that are missing, ragged or of a wrong type.
+        except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
+            first = examples[0] if examples else None
+            found = (
+                f"columns {sorted(map(str, first))}" if isinstance(first, Mapping) else f"type {type(first).__name__}"
+            )
+            raise ValueError(
+                f"{len(examples)} examples, the first with {found}, cannot be put together to a {self.kind} batch: "
+                f"{str(error)[:300]}. All should have the same columns; pass a `data_collator` that pads those of "
+                "different lengths."
+            ) from error
+        self._check(self.kind, batch, self.checks)
+        if self.nested is not None and self.nested in batch:
+            self._check("meta", batch[self.nested], self.nested_checks)
+        return batch
+
+    @staticmethod
+    def _check(kind: str, batch: Mapping[str, Any], checks: BatchChecks | None) -> None:
+        if checks is None:
+            return
+        try:
+            checks.check(batch)
+        except ValueError as error:
+            raise ValueError(f"{checks.model_name} cannot take a {kind} batch: {error}.") from error
+
+
+def _found(value: Any) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else short(value)
+
+
+def _table_sizes(model: nn.Module) -> dict[str, int]:
+    """Number of embeddings that a column points into; none for models of more than text, with ids of their own."""
+    config = getattr(model, "config", None)
+    if config is None or getattr(config, "sub_configs", None) or getattr(model, "main_input_name", "") != "input_ids":
+        return {}
+    table = model.get_input_embeddings()  # type: ignore[operator]
+    sizes = {
+        "input_ids": getattr(table, "num_embeddings", None),
+        "token_type_ids": getattr(config, "type_vocab_size", None),
+    }
+    return {column: size for column, size in sizes.items() if size}
+
+
+def _positions(model: nn.Module) -> int | None:
+    """Most tokens of a sentence where each position has a learned embedding."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
+            # RoBERTa counts from the padding index on.
+            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return None
