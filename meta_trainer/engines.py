@@ -12,6 +12,7 @@ from transformers.utils import is_sagemaker_dp_enabled, is_sagemaker_mp_enabled,
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.modules import MetaModule
+from meta_trainer.sharding import check_engine_settings
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +34,7 @@ def check_engine(trainer: Trainer, model: nn.Module, args: MetaTrainingArguments
         ValueError: If settings do not go together.
     """
     refuse_engines(trainer)
+    check_engine_settings(trainer, model, args, meta_module)
     args.check_activation_checkpointing()
     _check_reentrant(model)
     if args.optim in STEPS_WITHIN_BACKWARD:
@@ -64,8 +66,6 @@ def refuse_engines(trainer: Trainer) -> None:
 
 
 def _refused(trainer: Trainer) -> Iterator[tuple[bool, str]]:
-    yield trainer.is_deepspeed_enabled, "DeepSpeed"
-    yield trainer.is_fsdp_enabled, "FSDP"
     yield trainer.args.n_gpu > 1, "torch.nn.DataParallel"
     yield bool(trainer.is_fsdp_xla_enabled), "FSDP of torch_xla"
     yield trainer.args.device.type == "xla", "torch_xla"

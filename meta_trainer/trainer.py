@@ -14,7 +14,6 @@ from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
@@ -56,6 +55,13 @@ from meta_trainer.overlap import overlap
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
 from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.scope import select_parameters
+from meta_trainer.sharding import (
+    ShardingEngine,
+    find_engine,
+    holds_optimizer,
+    local_part,
+    recovering,
+)
 from meta_trainer.shared_forward import SharedForward
 from meta_trainer.sigterm import SaveAndStop, listening, without_checkpoints_within_steps
 from meta_trainer.window import Window, from_first_process
@@ -178,6 +184,7 @@ class MetaTrainer(Trainer):
         self._window = Window([])
         self._normalizers: list[Tensor] = []  # of the evaluation under way
         self._step_sum = TermSum()  # of the base step's micro-batches
+        self._divides_loss = False  # by its normalizer, before the backward pass
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
         self._skipped = SkippedSteps(self.args.meta_max_skipped)
@@ -252,12 +259,14 @@ class MetaTrainer(Trainer):
                 self._last_meta_step_at = self.state.global_step
             if self.meta_module.has_loss_door:
                 self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
+            # DeepSpeed has used the gradients by the time that its backward pass returns.
+            self._divides_loss = self.is_deepspeed_enabled
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
                 loss = super().training_step(model, base_inputs, num_items_in_batch)
             self._observe_objective(loss)
             return self._normalized(loss) if self._normalizers else loss
         finally:
-            self._base_step_follows = False
+            self._base_step_follows = self._divides_loss = False
             self._shared_forward.clear()
 
     def _begin(self, window: Window) -> None:
@@ -277,7 +286,7 @@ class MetaTrainer(Trainer):
             return loss
         numerator, denominator = self._step_sum.values
         denominator = self._mean_over_replicas(denominator)
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        grads = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
         torch._foreach_div_(grads, denominator)
         # What the micro-batches before this one gave has been added to the log already.
         return numerator / denominator - (numerator - loss)
@@ -309,13 +318,17 @@ class MetaTrainer(Trainer):
             random_state.restore()
             if self.args.share_candidates:
                 window = from_first_process(window, self.args.device)
+            engine = find_engine(base_model, self.model_wrapped)
+            if engine is not None:
+                engine.refresh()
             theta = select_parameters(base_model, self.args.perturb)
             moved = {id(parameter) for parameter in theta}
             rest = [p for p in base_model.parameters() if p.requires_grad and id(p) not in moved]
             # Outside the scope nothing is differentiated, so that no graph is kept below it.
             try:
-                with frozen(rest):
-                    result = self._estimate(self._bilevel_problem(base_model, theta, rest, window, meta_batch))
+                with recovering(engine), frozen(rest):
+                    problem = self._bilevel_problem(base_model, theta, rest, window, meta_batch, engine)
+                    result = self._estimate(problem)
             finally:
                 if not self._base_step_follows:
                     self._shared_forward.clear()
@@ -364,6 +377,7 @@ class MetaTrainer(Trainer):
         rest: list[nn.Parameter],
         window: Window,
         meta_batch: Batch,
+        engine: ShardingEngine | None,
     ) -> BilevelProblem:
         num_items = None
         if self.args.world_size > 1:
@@ -374,10 +388,16 @@ class MetaTrainer(Trainer):
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(meta_batch), num_items_in_batch=num_items)
 
-        terms = window.terms(lambda batch: self._train_term(model, theta, rest, batch, window))
+        sharded = None if engine is None else engine.select(theta)
+        # A forward pass under such an engine is tied to the backward pass that follows it.
+        shares = sharded is None and self.args.hypergradient != "t1t2"
+        if sharded is not None and rest:
+            logger.warning_once("Every candidate of a meta step runs the whole base model: its parameters are spread.")
+        terms = window.terms(lambda batch: self._train_term(model, theta, rest, batch, window, shares))
         args = self.args
         return BilevelProblem(
-            theta=theta,
+            theta=theta if sharded is None else sharded.shards,
+            sharding=sharded,
             meta_params=self.meta_parameters,
             train_loss=terms if len(window.batches) > 1 else next(iter(terms)),
             val_loss=val_loss,
@@ -393,7 +413,13 @@ class MetaTrainer(Trainer):
         )
 
     def _train_term(
-        self, model: nn.Module, theta: list[nn.Parameter], rest: list[nn.Parameter], batch: Batch, window: Window
+        self,
+        model: nn.Module,
+        theta: list[nn.Parameter],
+        rest: list[nn.Parameter],
+        batch: Batch,
+        window: Window,
+        shares: bool,
     ) -> TrainLoss:
         """A micro-batch's share in the training loss, as the base step has it; its evaluations share what they can."""
 
@@ -409,7 +435,7 @@ class MetaTrainer(Trainer):
                 objective({})
 
         # T1-T2 runs its forward pass on other attention kernels than the base step.
-        if self.args.hypergradient != "t1t2":
+        if shares:
             trainable = rest if self._base_step_follows else []
             self._shared_forward.prepare(model, theta, self.meta_parameters, trainable, forward_pass)
         reference: Batch = {}
@@ -501,8 +527,11 @@ class MetaTrainer(Trainer):
         if normalizer is not None:
             # A constant that keeps the loss in the order of a mean.
             normalizer = normalizer / (len(self._window.batches) * self.args.train_batch_size)
-            self._normalizers.append(normalizer)
             loss = loss * normalizer
+            if self._divides_loss:
+                loss = loss / self._mean_over_replicas(normalizer.detach())
+            else:
+                self._normalizers.append(normalizer)
         elif num_items_in_batch is not None:
             loss = loss * self._share_of_items(batch["labels"], num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
@@ -695,6 +724,8 @@ class MetaTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.meta_module is not None and self.args.should_save:
+            # `_save` is not called where a model is saved in shards.
+            self.meta_module.save_pretrained(Path(output_dir) / META_MODULE_FOLDER)
             torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
 
     def _save_rng_state(self, output_dir: str) -> None:
@@ -725,6 +756,8 @@ class MetaTrainer(Trainer):
         with self._reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             if self.meta_module is not None and checkpoint is not None:
+                # DeepSpeed goes without `_load_from_checkpoint`.
+                self._load_meta_module(checkpoint)
                 self._load_meta_state(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -762,7 +795,7 @@ class MetaTrainer(Trainer):
     def _load_meta_state(self, checkpoint: Path) -> None:
         file = checkpoint / META_STATE_NAME
         if not file.is_file():
-            if (checkpoint / OPTIMIZER_NAME).is_file():
+            if holds_optimizer(checkpoint):
                 raise ValueError(f"{checkpoint} was saved without a meta module: it has no {META_STATE_NAME}.")
             logger.warning(
                 f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."

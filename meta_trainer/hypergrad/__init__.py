@@ -26,6 +26,7 @@ from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep, Optimi
 from meta_trainer.hypergrad.noise import NOISE_NAMES, Layout, Noise
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient, Loss, TrainLoss
 from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
+from meta_trainer.hypergrad.sharding import Sharding
 from meta_trainer.hypergrad.t1t2 import t1t2
 from meta_trainer.hypergrad.term_sums import TermSum
 
@@ -42,6 +43,7 @@ __all__ = [
     "Noise",
     "OptimizerStep",
     "RandomState",
+    "Sharding",
     "TermSum",
     "TrainLoss",
     "check_evograd_settings",

@@ -13,6 +13,7 @@ from meta_trainer.hypergrad.noise import INDEPENDENT, Layout, Noise, Perturbatio
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
 from meta_trainer.hypergrad.shape import Shape
+from meta_trainer.hypergrad.sharding import seed_of_shard
 
 DEFAULT_SIGMA = 1e-3
 """Standard deviation of blind noise: the paper's."""
@@ -101,13 +102,14 @@ def evograd(
         raise ValueError(f"`seed` should be a whole number, got {seed!r}.")
     length: float | Tensor = DEFAULT_SIGMA if sigma is None else sigma
     with Sandbox(problem) as sandbox:
-        shape = Shape(problem.theta, noise, relative_sigma, inner_step)
+        shape = Shape(sandbox, noise, relative_sigma, inner_step)
         validation, guide = None, None
         if noise == "guided":
             validation = sandbox.look_ahead(shape.drift)
-            guide = shape.guide(sandbox.blocks, validation.theta_grad, guidance)
+            guide = shape.guide(validation.theta_grad, guidance)
             length = validation.short_step(guide.slope) if sigma is None else sigma
-        scale, offset = shape.scale(sandbox.blocks), shape.offset(sandbox.blocks)
+        seed = seed if problem.sharding is None else seed_of_shard(seed, problem.sharding.index)
+        scale, offset = shape.scale(), shape.offset()
         perturbations = Perturbations(noise, problem.theta, num_candidates, length, seed, layout, scale, guide, offset)
 
         losses, meta_grads = sandbox.evaluate_candidates(perturbations)  # [K]
@@ -118,8 +120,8 @@ def evograd(
             validation = sandbox.validate()
             scores = _scores_on_the_way_back(sandbox, perturbations, weights, validation.theta_grad)
         else:
-            scores = perturbations.scores(validation.theta_grad)
-        scores = problem.mean(scores.to(losses))  # [K]
+            scores = perturbations.scores(validation.theta_grad, sandbox.over_shards)
+        scores = sandbox.over_replicas(scores.to(losses))  # [K]
 
         factor: float | Tensor = 1.0
         if shape.rate is not None:
@@ -161,14 +163,15 @@ def _scores_on_the_way_back(
     sandbox: Sandbox, perturbations: Perturbations, weights: Tensor, theta_grad: Sequence[Tensor]
 ) -> Tensor:
     """Inner products ``[K]`` of a gradient with the perturbations, while these lead the way back from theta*."""
-    products, vectors = [], perturbations.blocks.flatten(theta_grad)
+    blocks = perturbations.blocks
+    products, vectors = [], blocks.flatten(theta_grad)
 
     def observe(parts: Sequence[Tensor]) -> None:
         vector = next(vectors)
         products.append(torch.stack([torch.dot(vector, part) for part in parts]))
 
     sandbox.move_back(perturbations.combination(weights, observe))
-    return torch.stack(products).sum(dim=0)
+    return sandbox.over_shards(blocks.sum_of(products, len(perturbations)))
 
 
 def _temperature(setting: float | str | None, losses: Tensor) -> float | Tensor:

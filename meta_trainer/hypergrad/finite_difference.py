@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from meta_trainer.hypergrad.checks import is_positive
-from meta_trainer.hypergrad.flat_blocks import inner_product
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient
 from meta_trainer.hypergrad.sandbox import Sandbox
@@ -53,8 +52,8 @@ def finite_difference(
         validation = sandbox.look_ahead(drift)
         direction = step.precondition(validation.theta_grad)
         blocks = sandbox.blocks
-        norm = inner_product(blocks.flatten(direction), blocks.flatten(direction)).sqrt()
-        slope = inner_product(blocks.flatten(validation.theta_grad), blocks.flatten(direction))
+        norm = sandbox.inner_product(direction, direction).sqrt()
+        slope = sandbox.inner_product(validation.theta_grad, direction)
         length = validation.short_step(slope / norm) if step_size is None else step_size
         # A vanishing gradient has no direction: the difference is then zero over any radius.
         radius = torch.where(norm > 0, length / norm, torch.ones_like(norm))

@@ -89,6 +89,7 @@ class FlatBlocks(Sequence[Block]):
 
     def __init__(self, tensors: Sequence[Tensor], block_size: int | None = None) -> None:
         self._blocks: list[Block] = []
+        self._dtype, self._device = torch.promote_types(tensors[0].dtype, torch.float32), tensors[0].device
         pieces: list[_Piece] = []
         for index, tensor in enumerate(tensors):
             size = block_size or (CPU_BLOCK_SIZE if tensor.device.type == "cpu" else DEVICE_BLOCK_SIZE)
@@ -125,6 +126,12 @@ class FlatBlocks(Sequence[Block]):
     def spread(self, values: Sequence[Tensor]) -> Iterator[Tensor]:
         """As :meth:`flatten`, where a scalar stands for all elements of its tensor."""
         return (block.spread(values).to(block.dtype) for block in self)
+
+    def sum_of(self, parts: Sequence[Tensor], *shape: int) -> Tensor:
+        """Sum of one tensor of a given shape for each block; of no block at all, where all tensors are empty, zeros."""
+        return (
+            torch.stack(list(parts)).sum(dim=0) if parts else torch.zeros(shape, dtype=self._dtype, device=self._device)
+        )
 
 
 def _pieces_of(index: int, tensor: Tensor, size: int) -> Iterator[_Piece]:

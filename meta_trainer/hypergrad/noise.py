@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meta_trainer.hypergrad.flat_blocks import INTEGERS, Block, FlatBlocks
+from meta_trainer.hypergrad.problem import identity
 
 NoiseFunction = Callable[[int, Sequence[Tensor]], Sequence[Tensor]]
 """A function ``(k, theta) -> [epsilon_k for each tensor of theta]``."""
@@ -171,15 +172,20 @@ class Perturbations(Sequence[Iterator[Tensor]]):
                 total.add_(next(offsets))
             yield total
 
-    def scores(self, vector: Sequence[Tensor]) -> Tensor:
-        """Inner products ``[K]`` of the perturbations with the gradient that guides them, aligned with theta."""
+    def scores(self, vector: Sequence[Tensor], over_shards: Callable[[Tensor], Tensor] = identity) -> Tensor:
+        """Inner products ``[K]`` of the perturbations with the gradient that guides them.
+
+        Args:
+            vector: The gradient, aligned with theta.
+            over_shards: Sum over all parts of theta.
+        """
         if self._guide is not None and self._guide.share == 1:
             distances = self._guide.slope.new_tensor(self._guide.distances(len(self), self._layout))
             return self._guide.slope * distances * self._sigma
         products = []
         for part, *parts in zip(self.blocks.flatten(vector), *self, strict=True):
             products.append(torch.stack([torch.dot(part, other) for other in parts]))
-        return torch.stack(products).sum(dim=0)
+        return over_shards(self.blocks.sum_of(products, len(self)))
 
     def variance(self, weights: Tensor) -> Tensor:
         r"""Expected variance over the candidates, as a share of :math:`\sigma^2` and in each direction.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from meta_trainer.hypergrad.sharding import Sharding
+
 Loss = Callable[[], Tensor]
 """A function ``() -> scalar`` of what theta and the meta-parameters are when it is called."""
 
@@ -51,10 +53,11 @@ class BilevelProblem:
         writes_theta: Whether a forward pass may write into theta, as that of `torch.nn.Embedding(max_norm=...)` does; a
             copy is then made before the first one.
         with_train_grads: Whether the result is to hold the derivative of the training loss by the meta-parameters.
+        sharding: How theta is spread over the replicas, which then hold shards of it; None where each has all of it.
 
     Raises:
         ValueError: If `theta` or `meta_params` is empty, holds a tensor twice or shares one with the other, or holds
-            a tensor that is no floating-point leaf.
+            a tensor that is no floating-point leaf; or if candidates of sharded parameters are to be dealt out.
     """
 
     theta: Sequence[Tensor]
@@ -68,6 +71,7 @@ class BilevelProblem:
     loss_scale: Tensor | None = None
     writes_theta: bool = False
     with_train_grads: bool = False
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         """Refuse tensors that could not be perturbed, or whose gradient would be ambiguous."""
@@ -77,6 +81,11 @@ class BilevelProblem:
             raise ValueError(
                 "`theta` and `meta_params` should have no tensor in common, but they share at least one. "
                 "Keep the meta-parameters outside the base model."
+            )
+        if self.sharding is not None and self.turn != (0, 1):
+            raise ValueError(
+                "Replicas that hold shards of theta evaluate every candidate together, so `turn` should be (0, 1), got "
+                f"{self.turn}."
             )
 
 

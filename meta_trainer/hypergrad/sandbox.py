@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from meta_trainer.hypergrad.displacement import Displacement, add
-from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
+from meta_trainer.hypergrad.flat_blocks import FlatBlocks
 from meta_trainer.hypergrad.problem import BilevelProblem, TrainLoss
 from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
+from meta_trainer.hypergrad.sharding import Sharding
 from meta_trainer.hypergrad.term_sums import Derivatives, TermSum, added, averaged, scaled
 
 
@@ -74,7 +75,8 @@ class Sandbox:
             self._devices = {t.device for t in (*problem.theta, *problem.meta_params)}
             self._random_state = stack.enter_context(preserved_random_state(self._devices))
             self._term_random_state = self._random_state
-            for tensor in (*problem.theta, *problem.meta_params):
+            self._refresh()
+            for tensor in (*self._recorded, *problem.meta_params):
                 stack.callback(tensor.requires_grad_, tensor.requires_grad)
             stack.callback(self._restore_state)
             stack.callback(self.move_back)
@@ -95,6 +97,7 @@ class Sandbox:
             self._origin = [t.clone() for t in self._data]
         for block, step in zip(self.blocks, displacement, strict=True):
             add(block, self._data, self._origin, step)
+        self._refresh()
 
     @torch.no_grad()
     def move_back(self, displacement: Iterable[Tensor] = ()) -> None:
@@ -111,6 +114,7 @@ class Sandbox:
             pass
         if self._origin is not None:
             torch._foreach_copy_(self._data, self._origin)
+        self._refresh()
 
     @torch.no_grad()
     def settle_at(self, displacement: Callable[[], Iterable[Tensor]]) -> None:
@@ -125,17 +129,41 @@ class Sandbox:
             return
         move = Displacement(self.blocks, self._data, self._origin, displacement())
         self._last_move, self._origin = (move, displacement), None
+        self._refresh()
+
+    def inner_product(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+        """Inner product of two vectors over all of theta, each aligned with it."""
+        pairs = zip(self.blocks.flatten(left), self.blocks.flatten(right), strict=True)
+        return self.over_shards(self.blocks.sum_of([torch.dot(a, b) for a, b in pairs]))
 
     def slope(self, vector: Sequence[Tensor], displacement: Sequence[Tensor] | None) -> Tensor:
         """Inner product over theta; zero for no displacement."""
         if displacement is None:
             return torch.zeros((), device=vector[0].device)
-        return inner_product(self.blocks.flatten(vector), self.blocks.flatten(displacement))
+        return self.inner_product(vector, displacement)
+
+    def over_shards(self, tensor: Tensor) -> Tensor:
+        """Sum of what each replica finds for its part of theta."""
+        sharding = self.problem.sharding
+        return tensor if sharding is None else sharding.total(tensor)
+
+    def over_replicas(self, tensor: Tensor) -> Tensor:
+        """Average of a gradient by theta, or of what was made of one, which for shards is an average already."""
+        return self.problem.mean(tensor) if self.problem.sharding is None else tensor
 
     def differentiate_theta(self, needed: bool) -> None:
         """Record graphs through the parameters only while their gradient is needed."""
-        for tensor in self.problem.theta:
+        for tensor in self._recorded:
             tensor.requires_grad_(needed)
+
+    @property
+    def _recorded(self) -> Sequence[Tensor]:
+        """What a forward pass records a graph through."""
+        return self.problem.theta if self.problem.sharding is None else self.problem.sharding.parameters
+
+    def _refresh(self) -> None:
+        if self.problem.sharding is not None:
+            self.problem.sharding.refresh()
 
     @property
     def has_terms(self) -> bool:
@@ -172,9 +200,10 @@ class Sandbox:
         validation = self.validate()
         if displacement is not None:
             self.move_back()
-        mean = self.problem.mean
         return replace(
-            validation, loss=mean(validation.loss), theta_grad=tuple(mean(grad) for grad in validation.theta_grad)
+            validation,
+            loss=self.problem.mean(validation.loss),
+            theta_grad=tuple(self.over_replicas(grad) for grad in validation.theta_grad),
         )
 
     def validate(self) -> Validation:
@@ -183,6 +212,8 @@ class Sandbox:
         self.differentiate_theta(True)
         self._begin_evaluation(self._random_state)
         loss = self._checked("val_loss", self.problem.val_loss())
+        if self.problem.sharding is not None:
+            return Validation(loss.detach(), *self._sharded_gradient(loss, self.problem.sharding))
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
@@ -233,6 +264,11 @@ class Sandbox:
             materialize_grads=True,
         )
         return grads if scale is None else tuple(grad / scale for grad in grads)
+
+    def _sharded_gradient(self, loss: Tensor, sharding: Sharding) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        scale = 1.0 if self.problem.loss_scale is None else self.problem.loss_scale
+        by_theta, by_meta = sharding.gradient(loss * scale, self.problem.meta_params)
+        return tuple(grad / scale for grad in by_theta), tuple(grad / scale for grad in by_meta)
 
     def _meta_gradients(self, parts: Sequence[Tensor]) -> list[Derivatives]:
         """Derivatives of the parts of a training loss by :attr:`meta_inputs`; None for no influence.

@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.flat_blocks import FlatBlocks, inner_product
 from meta_trainer.hypergrad.inner_step import InnerStep
 from meta_trainer.hypergrad.noise import Guide, Noise
+from meta_trainer.hypergrad.sandbox import Sandbox
 
 
 class Shape:
     r"""Covariance of the noise over :math:`\sigma^2`, a diagonal matrix D.
 
     Args:
-        theta: The tensors to perturb, at their unperturbed values.
+        sandbox: Of theta, at its unperturbed values.
         noise: Kind of noise.
         relative_sigma: D holds the squared root mean square of every tensor.
         inner_step: D holds its rates, relative to a typical one, for ``"optimizer"`` and ``"guided"`` noise.
@@ -26,10 +26,8 @@ class Shape:
         drift: What the inner step does whatever the gradient; None for nothing.
     """
 
-    def __init__(
-        self, theta: Sequence[Tensor], noise: Noise, relative_sigma: bool, inner_step: InnerStep | None
-    ) -> None:
-        self._inner_step = inner_step
+    def __init__(self, sandbox: Sandbox, noise: Noise, relative_sigma: bool, inner_step: InnerStep | None) -> None:
+        self._sandbox, self._inner_step = sandbox, inner_step
         self._mean_variance = torch.ones(())
         self._variances: Sequence[Tensor] | None = None
         self.rate: float | Tensor | None = None
@@ -37,24 +35,25 @@ class Shape:
             self.rate = inner_step.typical_rate()
         self.drift = None if inner_step is None else inner_step.drift()
         if relative_sigma:
-            self._variances, self._mean_variance = _mean_squares(theta)
+            self._variances, self._mean_variance = _mean_squares(sandbox)
             if self.rate is not None:
                 self.rate = _ratio(torch.full_like(self._mean_variance, float(self.rate)), self._mean_variance)
         elif noise == "optimizer" and inner_step is not None and not inner_step.is_uniform:
             self._variances = inner_step.noise_variances()
 
-    def scale(self, blocks: FlatBlocks) -> Callable[[], Iterator[Tensor]] | None:
+    def scale(self) -> Callable[[], Iterator[Tensor]] | None:
         """What to multiply blind noise by, as flat blocks at each call; None for 1."""
-        variances = self._variances
+        variances, blocks = self._variances, self._sandbox.blocks
         return None if variances is None else lambda: (block.sqrt() for block in blocks.spread(variances))
 
-    def offset(self, blocks: FlatBlocks) -> Callable[[], Iterator[Tensor]] | None:
+    def offset(self) -> Callable[[], Iterator[Tensor]] | None:
         """The drift, as flat blocks at each call."""
-        drift = self.drift
+        drift, blocks = self.drift, self._sandbox.blocks
         return None if drift is None else lambda: blocks.flatten(drift)
 
-    def guide(self, blocks: FlatBlocks, gradient: Sequence[Tensor], share: float) -> Guide:
+    def guide(self, gradient: Sequence[Tensor], share: float) -> Guide:
         r"""The direction :math:`D g / \sqrt{g^T D g}`."""
+        inner_product, blocks = self._sandbox.inner_product, self._sandbox.blocks
         direction: Sequence[Tensor] = gradient
         if self._inner_step is not None and self._inner_step.is_uniform:
             dtype = torch.promote_types(gradient[0].dtype, torch.float32)
@@ -62,23 +61,25 @@ class Shape:
             self.rate = _ratio(rate, self._mean_variance.to(rate))
         elif self._inner_step is not None:
             direction = self._inner_step.precondition(gradient)
-            squares = inner_product(blocks.flatten(gradient), blocks.flatten(gradient))
-            rate = _ratio(inner_product(blocks.flatten(gradient), blocks.flatten(direction)), squares)
+            squares = inner_product(gradient, gradient)
+            rate = _ratio(inner_product(gradient, direction), squares)
             direction = [_ratio(part, rate) for part in direction]
             self.rate = _ratio(rate, self._mean_variance.to(rate))
         if self._variances is not None:
             direction = [v * part for v, part in zip(self._variances, direction, strict=True)]
-        slope = inner_product(blocks.flatten(gradient), blocks.flatten(direction))
+        slope = inner_product(gradient, direction)
         factor = _ratio(torch.ones_like(slope), slope.sqrt())
         return Guide(lambda: blocks.flatten(direction), factor, slope.sqrt(), share)
 
 
-def _mean_squares(theta: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+def _mean_squares(sandbox: Sandbox) -> tuple[list[Tensor], Tensor]:
     """Of every tensor, that of all theta for a tensor of zeros; and of all theta."""
+    theta = sandbox.problem.theta
     sums = torch.stack([t.detach().to(torch.promote_types(t.dtype, torch.float32)).square().sum() for t in theta])
-    overall = sums.sum() / sum(t.numel() for t in theta)
-    means = [total / t.numel() for total, t in zip(sums, theta, strict=True)]
-    return [torch.where(mean > 0, mean, overall) for mean in means], overall
+    numbers = torch.tensor([t.numel() for t in theta], device=sums.device)
+    sums, numbers = sandbox.over_shards(sums), sandbox.over_shards(numbers)
+    overall = sums.sum() / numbers.sum()
+    return [torch.where(mean > 0, mean, overall) for mean in sums / numbers], overall
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
         validation loss that the inner step makes, to first order.
 
     Raises:
-        ValueError: If `lr` is not positive and finite or a loss is not a scalar.
+        ValueError: If `lr` is not positive and finite, a loss is not a scalar or theta is sharded.
 
     References:
         Luketina et al., `Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters
@@ -47,6 +47,8 @@ def t1t2(problem: BilevelProblem, lr: float = 1e-3, *, inner_step: InnerStep | N
     """
     if problem.turn != (0, 1):
         raise ValueError(f"t1t2 has no candidates to deal out, so `turn` should be (0, 1), got {problem.turn}.")
+    if problem.sharding is not None:
+        raise ValueError("t1t2 differentiates twice through whole parameters, but `sharding` spreads them.")
     step = GradientDescent(lr) if inner_step is None else inner_step
     with Sandbox(problem) as sandbox, sdpa_kernel(SDPBackend.MATH):
         sandbox.differentiate_theta(True)

@@ -11,7 +11,6 @@ from tiny import (
 from transformers import TrainingArguments
 
 from meta_trainer import MetaModule
-from meta_trainer.engines import refuse_engines
 
 
 def test_meta_data_that_is_missing_is_an_error(tmp_path):
@@ -92,11 +91,3 @@ def test_data_parallelism_within_one_process_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
     with pytest.raises(NotImplementedError, match=r"does not run under torch\.nn\.DataParallel.*accelerate launch"):
         meta_trainer(tmp_path)
-
-
-@pytest.mark.parametrize(("flag", "engine"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-def test_engines_that_split_the_model_are_refused(tmp_path, flag, engine):
-    trainer = meta_trainer(tmp_path)
-    setattr(trainer, flag, True)
-    with pytest.raises(NotImplementedError, match=f"does not run under {engine}"):
-        refuse_engines(trainer)
