@@ -122,8 +122,8 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         compute_metrics=task.compute_metrics,
         callbacks=[meter],
     )
-    # The heads of these tasks average over their batch, whatever Trainer counts in an optimizer step: it is to divide by
-    # the number of micro-batches then, and not to multiply by that of processes.
+    # The heads of these tasks average over their batch, whatever number of labels Trainer tells them: it is to divide
+    # their loss by the number of micro-batches then, and not to multiply it by that of processes.
     trainer.model_accepts_loss_kwargs = False
     name = task.baseline if recipe.run.compare_with_baseline and not meta_module_names else recipe.run.method
     return PreparedMethod(name, task, trainer, meter)

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast, reduce
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers import TrainingArguments
 from transformers.utils import logging
 
-from meta_trainer.agreement import decided_by_the_first
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.batch_checks import BatchChecks, CheckedCollator
-from meta_trainer.checkpoint import (
-    break_seal,
-    check_complete,
-    check_optimizer_state,
-    check_writable,
-    discard_incomplete,
-    load_state,
-    newest_complete,
-    reading,
-    seal,
-    write_manifest,
-    writing,
-)
 from meta_trainer.diagnostics import Diagnostics
 from meta_trainer.engines import check_engine, is_compiled
 from meta_trainer.estimation import check_base_optimizer, check_precision, estimate
@@ -40,42 +23,32 @@ from meta_trainer.frozen import frozen
 from meta_trainer.hypergrad import (
     BilevelProblem,
     Hypergradient,
-    TermSum,
     TrainLoss,
     preserved_random_state,
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import all_finite, create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_scheduler
 from meta_trainer.meta_update import SkippedSteps, update_meta_module
-from meta_trainer.model_card import add_meta_section
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
-from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
+from meta_trainer.objective import META_BATCH
 from meta_trainer.overlap import overlap
-from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
-from meta_trainer.schedule_free import UseAverages, averages, iterates, restore_iterates, set_training_mode
+from meta_trainer.resuming import ResumableTrainer
+from meta_trainer.schedule_free import UseAverages, set_training_mode
 from meta_trainer.scope import select_parameters
 from meta_trainer.sharding import (
     ShardingEngine,
     find_engine,
-    holds_optimizer,
-    local_part,
     recovering,
 )
 from meta_trainer.shared_forward import SharedForward
-from meta_trainer.sigterm import SaveAndStop, listening, without_checkpoints_within_steps
+from meta_trainer.sigterm import without_checkpoints_within_steps
 from meta_trainer.window import Window, from_first_process
 
 logger = logging.get_logger(__name__)
 
-META_BATCH = "meta_batch"
-"""Key under which a data collator may put the meta batch of each train batch."""
 
-META_MODULE_FOLDER = "meta_module"
-META_STATE_NAME = "meta_state.pt"
-
-
-class MetaTrainer(Trainer):
+class MetaTrainer(ResumableTrainer):
     r"""`transformers.Trainer` that learns a meta module :math:`\lambda` beside the model :math:`\theta`.
 
     Before the base step of every `meta_every`-th optimizer step, one meta step updates :math:`\lambda` along the
@@ -101,14 +74,6 @@ class MetaTrainer(Trainer):
         ValueError: If the model, the scope, the data and the meta module do not fit together.
         NotImplementedError: If the engine is one that meta steps do not run on.
     """
-
-    args: MetaTrainingArguments
-    model: nn.Module
-    # None in a plain Trainer.
-    meta_module: MetaModule = None  # type: ignore[assignment]
-    meta_optimizer: torch.optim.Optimizer = None  # type: ignore[assignment]
-    # None before `train()`.
-    meta_lr_scheduler: torch.optim.lr_scheduler.LRScheduler = None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -154,18 +119,14 @@ class MetaTrainer(Trainer):
         self.meta_module = meta_module.to(self.args.device)
         self._broadcast_meta_module()
         self._meta_dataset = meta_dataset
-        smoothing = self.args.label_smoothing_factor
-        self.per_example_loss = per_example_loss or PerExampleLoss(self.model, smoothing)
-        self._loss_checked = per_example_loss is not None or smoothing != 0 or self.compute_loss_func is not None
-        self._reference: Batch | None = None  # None while the doors are shut
+        self._set_up_objective(per_example_loss)
+        self._set_up_checkpoints()
         self._base_step_follows = False
         self._compiled = is_compiled(self, self.model)
         # A model from `model_init` starts anew with every `train()`, and the meta module with it.
         initial = {} if self.model_init is None else meta_module.state_dict()
         self._initial_meta_module = {name: value.detach().to("cpu", copy=True) for name, value in initial.items()}
         self._start_meta_training()
-        self._stop = SaveAndStop()
-        self._checkpoint_in_work: Path | None = None
         self.add_callback(UseAverages(lambda: self.meta_optimizer))
 
     def _start_meta_training(self) -> None:
@@ -181,10 +142,6 @@ class MetaTrainer(Trainer):
         self._path_checked = False
         self._last_objective: Tensor | None = None
         self._shared_forward = SharedForward(self.args.device, compiled=self._compiled)
-        self._window = Window([])
-        self._normalizers: list[Tensor] = []  # of the evaluation under way
-        self._step_sum = TermSum()  # of the base step's micro-batches
-        self._divides_loss = False  # by its normalizer, before the backward pass
         self._num_meta_steps = 0
         self._last_meta_step_at: int | None = None
         self._skipped = SkippedSteps(self.args.meta_max_skipped)
@@ -232,15 +189,6 @@ class MetaTrainer(Trainer):
         finally:
             self.data_collator = collator
 
-    # ---------------------------------------------------------------------------------------------- the two steps
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
-        """As in Trainer; the meta step looks at all micro-batches of an optimizer step."""
-        batches, num_items = super().get_batch_samples(*args, **kwargs)
-        if self.meta_module is not None:
-            self._begin(Window(batches, num_items))
-        return batches, num_items
-
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """The meta step, when one is due, and the base step."""
         if self.meta_module is None:
@@ -268,28 +216,6 @@ class MetaTrainer(Trainer):
         finally:
             self._base_step_follows = self._divides_loss = False
             self._shared_forward.clear()
-
-    def _begin(self, window: Window) -> None:
-        """A new optimizer step."""
-        self._window, self._step_sum = window, TermSum()
-
-    @property
-    def _sums_quotients(self) -> bool:
-        """Whether the objective is a quotient whose parts are sums over several batches."""
-        several = len(self._window.batches) > 1 or self.args.world_size > 1
-        return several and self.meta_module.has_loss_door and self.meta_module.has_normalizer
-
-    def _normalized(self, loss: Tensor) -> Tensor:
-        """A micro-batch's share in the objective of the optimizer step; the last one completes the gradient."""
-        self._step_sum.add([loss, self._normalizers.pop()], [])
-        if not self.accelerator.sync_gradients:
-            return loss
-        numerator, denominator = self._step_sum.values
-        denominator = self._mean_over_replicas(denominator)
-        grads = [local_part(p.grad) for p in self.model.parameters() if p.grad is not None]
-        torch._foreach_div_(grads, denominator)
-        # What the micro-batches before this one gave has been added to the log already.
-        return numerator / denominator - (numerator - loss)
 
     def meta_step(self, model: nn.Module, inputs: Batch) -> Hypergradient:
         """Update the meta module once along its hypergradient.
@@ -335,11 +261,6 @@ class MetaTrainer(Trainer):
         self._update_meta_module(result)
         self._num_meta_steps += 1
         return result
-
-    @property
-    def meta_parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters of the meta module."""
-        return [p for p in self.meta_module.parameters() if p.requires_grad]
 
     def _observe_objective(self, loss: Tensor) -> None:
         """Compare the base step's loss with that before the update of the meta module, on the same batch."""
@@ -451,13 +372,6 @@ class MetaTrainer(Trainer):
 
         return train_loss
 
-    def _loss_is_scaled(self, num_items: Any) -> bool:
-        """Whether a micro-batch's loss is a share of the optimizer step's; Trainer has this rule in `training_step`."""
-        declared: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
-        if declared is not None:
-            return declared
-        return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
-
     def _check_path(self, loss: Tensor) -> None:
         """Raise ValueError if no meta-parameter takes part in the first training loss of a run."""
         if self._path_checked or self.meta_module.may_be_idle or self.args.meta_learning_rate == 0:
@@ -502,60 +416,6 @@ class MetaTrainer(Trainer):
         comparable = self._base_step_follows and args.world_size == 1
         self._last_objective = result.train_losses.mean() if comparable and not args.is_blind else None
 
-    def _mean_over_replicas(self, tensor: Tensor) -> Tensor:
-        return tensor if self.args.world_size == 1 else reduce(tensor, reduction="mean")
-
-    # ------------------------------------------------------------------------------------------ the training objective
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """The model's loss; on training batches, that of the meta module's three doors."""
-        if self.meta_module is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._reference is None:
-            return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
-        batch = self.meta_module.transform_batch(inputs)
-        with self.meta_module.attach(self.accelerator.unwrap_model(model), {**batch, REFERENCES: self._reference}):
-            if not self.meta_module.has_loss_door:
-                return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
-            losses, outputs = self._per_example_losses(model, batch)
-        if self.meta_module.reference_losses:
-            batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
-        loss = self.meta_module.reduce(losses, batch, outputs)
-        normalizer = self.meta_module.normalizer(losses, batch) if self._sums_quotients else None
-        if normalizer is not None:
-            # A constant that keeps the loss in the order of a mean.
-            normalizer = normalizer / (len(self._window.batches) * self.args.train_batch_size)
-            loss = loss * normalizer
-            if self._divides_loss:
-                loss = loss / self._mean_over_replicas(normalizer.detach())
-            else:
-                self._normalizers.append(normalizer)
-        elif num_items_in_batch is not None:
-            loss = loss * self._share_of_items(batch["labels"], num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
-        """As in Trainer, without the columns that only the meta step reads."""
-        return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
-
-    def _per_example_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        if "labels" not in batch:
-            raise ValueError(f"Weighing examples needs a column `labels`, got the columns {sorted(batch)}.")
-        outputs = model(**self._model_inputs(batch))
-        losses = self.per_example_loss(outputs, batch["labels"])
-        if not self._loss_checked:
-            check_agreement(losses, outputs["loss"] if isinstance(outputs, dict) else outputs[0])
-            self._loss_checked = True
-        return losses, outputs
-
-    def _share_of_items(self, labels: Tensor, num_items: Any) -> Tensor:
-        """Of a micro-batch in the optimizer step of all processes, as Trainer counts, times what DDP divides by."""
-        counted = labels[..., 1:] if getattr(self, "_loss_shifts_labels", False) else labels
-        num_replicas = self.args.world_size if self.args.average_tokens_across_devices else 1
-        return (counted != IGNORED).sum() * num_replicas / num_items
-
     @contextmanager
     def _without_trace(self, model: nn.Module) -> Iterator[None]:
         """Give random numbers and buffers back after a forward pass."""
@@ -566,31 +426,6 @@ class MetaTrainer(Trainer):
             finally:
                 for buffer, original in buffers:
                     buffer.data.copy_(original)
-
-    def _model_inputs(self, batch: Batch) -> Batch:
-        if self.meta_module is None:
-            return batch
-        hidden = {*self.meta_module.batch_columns, META_BATCH}
-        return {key: value for key, value in batch.items() if key not in hidden}
-
-    @contextmanager
-    def _open_doors(self, reference: Batch) -> Iterator[None]:
-        """Let the meta module take part; `reference` keeps what all evaluations of one batch are to share."""
-        self._reference = reference
-        self._normalizers.clear()
-        try:
-            yield
-        finally:
-            self._reference = None
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        if self.meta_module is not None:
-            known: list[str] = self._signature_columns or []
-            extra = [column for column in self.meta_module.batch_columns if column not in known]
-            self._signature_columns = [*known, *extra]  # type: ignore[assignment]
-
-    # ------------------------------------------------------------------------------------- optimizer, schedule and logs
 
     def create_scheduler(self, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
         """The base schedule as in Trainer, and the meta schedule beside it."""
@@ -633,201 +468,6 @@ class MetaTrainer(Trainer):
             if means:
                 logs["meta/skipped_in_all"] = self._skipped.in_all
         super().log(logs, *args, **kwargs)
-
-    # ------------------------------------------------------------------------------------------- checkpoints and cards
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as Trainer does; with a meta module, resume from complete checkpoints only, and save at SIGTERM.
-
-        Args:
-            resume_from_checkpoint: A checkpoint, or True for the newest complete one.
-            *args: As in Trainer.
-            **kwargs: As in Trainer.
-
-        Raises:
-            ValueError: If the checkpoint is not complete, or there is none.
-            OSError: If checkpoints could not be written.
-            Terminated: If the run was stopped by SIGTERM.
-        """
-        if self.meta_module is None:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
-        checkpoint = decided_by_the_first(lambda: self._find_checkpoint(resume_from_checkpoint))
-        self._stop = SaveAndStop()
-        if not (self._saves or getattr(self.args, "enable_jit_checkpoint", False)):
-            return super().train(checkpoint, *args, **kwargs)
-        self.add_callback(self._stop)
-        try:
-            with listening(self._stop):
-                output = super().train(checkpoint, *args, **kwargs)
-        finally:
-            self.remove_callback(self._stop)
-        self._stop.finish(self.state)
-        return output
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.meta_module is not None and self.state.global_step >= self.state.max_steps:
-            # Resumed at the last step, within an epoch; Trainer looks for the end after one step more.
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    @property
-    def _saves(self) -> bool:
-        return self.args.save_strategy != SaveStrategy.NO
-
-    def _find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        checkpoint = None
-        if resume_from_checkpoint is True:
-            checkpoint = newest_complete(self._folder())
-            if checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self._folder()}.")
-        elif resume_from_checkpoint:
-            checkpoint = Path(resume_from_checkpoint)
-            check_complete(checkpoint)
-        if self._saves:
-            check_writable(self._folder())
-            if self.args.save_total_limit:
-                discard_incomplete(self._folder())
-        return None if checkpoint is None else str(checkpoint)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.meta_module is None:
-            super()._save_checkpoint(model, trial)
-            return
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._checkpoint_in_work = folder
-        try:
-            with writing(folder):
-                if self.args.should_save:
-                    break_seal(folder)
-                super()._save_checkpoint(model, trial)
-                self._seal_checkpoint()
-        finally:
-            self._checkpoint_in_work = None
-        if self._stop.stopping:
-            self._stop.checkpoint = folder
-
-    def _seal_checkpoint(self) -> None:
-        """Add what was written last to the manifest, before the checkpoint is pushed, or when it was not."""
-        if self._checkpoint_in_work is not None and self.args.should_save:
-            seal(self._checkpoint_in_work)
-        self._checkpoint_in_work = None
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.meta_module is not None and self.args.should_save:
-            with averages(self.meta_optimizer):
-                self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
-            if self.args.save_only_model and self._checkpoint_in_work is not None:
-                write_manifest(self._checkpoint_in_work)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.meta_module is not None and self.args.should_save:
-            # `_save` is not called where a model is saved in shards.
-            self.meta_module.save_pretrained(Path(output_dir) / META_MODULE_FOLDER)
-            torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        if self.meta_module is not None and self._checkpoint_in_work is not None:
-            # Before the trainer's state, which makes the checkpoint count, and before older ones are deleted.
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                write_manifest(self._checkpoint_in_work)
-
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        is_best = super()._determine_best_metric(metrics, trial)
-        # With save_strategy="best" only the best would be saved, also at SIGTERM.
-        return is_best or (self.meta_module is not None and self._stop.stopping)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with self._reading(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        self._load_meta_module(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        checkpoint = str(self.state.best_model_checkpoint)
-        with self._reading(checkpoint):
-            super()._load_best_model()
-        self._load_meta_module(checkpoint)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with self._reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if self.meta_module is not None and checkpoint is not None:
-                # DeepSpeed goes without `_load_from_checkpoint`.
-                self._load_meta_module(checkpoint)
-                self._load_meta_state(Path(checkpoint))
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with self._reading(checkpoint):
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with self._reading(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _reading(self, checkpoint: str | None) -> AbstractContextManager[None]:
-        return nullcontext() if self.meta_module is None or checkpoint is None else reading(checkpoint)
-
-    def _folder(self, output_dir: str | None = None) -> Path:
-        return Path(output_dir or str(self.args.output_dir))
-
-    def _load_meta_module(self, folder: str) -> None:
-        if self.meta_module is not None:
-            # The file holds the averages of a schedule-free optimizer.
-            set_training_mode(self.meta_optimizer, False)
-            self.meta_module.load_weights(Path(folder) / META_MODULE_FOLDER / "model.safetensors")
-
-    def _meta_state(self) -> dict[str, Any]:
-        return {
-            "iterates": iterates(self.meta_optimizer),
-            "optimizer": self.meta_optimizer.state_dict(),
-            "scheduler": self.meta_lr_scheduler.state_dict(),
-            "scaler": self.meta_scaler.state_dict(),
-            "diagnostics": self._diagnostics.state_dict(),
-            "skipped": self._skipped.state_dict(),
-            "num_meta_steps": self._num_meta_steps,
-            "meta_batches_read": 0 if self.meta_data is None else self.meta_data.batches_read,
-        }
-
-    def _load_meta_state(self, checkpoint: Path) -> None:
-        file = checkpoint / META_STATE_NAME
-        if not file.is_file():
-            if holds_optimizer(checkpoint):
-                raise ValueError(f"{checkpoint} was saved without a meta module: it has no {META_STATE_NAME}.")
-            logger.warning(
-                f"{checkpoint} holds no optimizer states: the meta optimizer starts anew, as the base one does."
-            )
-            return
-        state = load_state(file)
-        check_optimizer_state(state["optimizer"], self.meta_parameters, file)
-        self.meta_optimizer.load_state_dict(state["optimizer"])
-        restore_iterates(self.meta_optimizer, state["iterates"])
-        self.meta_lr_scheduler.load_state_dict(state["scheduler"])
-        self.meta_scaler.load_state_dict(state["scaler"])
-        if not all_finite(self.meta_parameters, self.meta_optimizer):
-            raise ValueError(f"The meta module or the state of its optimizer in {checkpoint} is not finite.")
-        self._diagnostics.load_state_dict(state["diagnostics"])
-        self._skipped.load_state_dict(state["skipped"])
-        self._num_meta_steps = state["num_meta_steps"]
-        if self.meta_data is not None:
-            self.meta_data.seek(state["meta_batches_read"])
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.meta_module is not None:
-            self._seal_checkpoint()
-        if self.meta_module is not None and self.is_world_process_zero():
-            source = Path(checkpoint_folder) / META_MODULE_FOLDER
-            shutil.copytree(source, self._folder() / META_MODULE_FOLDER, dirs_exist_ok=True)
-        super()._push_from_checkpoint(checkpoint_folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's model card, with a section on the meta module."""
-        super().create_model_card(*args, **kwargs)
-        if self.meta_module is not None and self.is_world_process_zero():
-            add_meta_section(self._folder() / "README.md", self.meta_module, self.args)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from runs import ESTIMATORS, EXACT, ROUNDING, SINGLE, assert_same_run, moved, new_run, report
 from transformers import Trainer
 
@@ -131,3 +132,13 @@ def test_random_numbers_of_the_micro_batches_are_those_of_the_base_step(tmp_path
     trainer.meta_step = lambda *args: seen.append(meta_step(*args)) or seen[-1]
     trainer.train()
     assert seen[0].train_losses.item() == pytest.approx(trainer.state.log_history[0]["loss"], rel=1e-6)
+
+
+def test_weights_that_are_all_zero_train_nothing_and_break_nothing(tmp_path):
+    trainer = new_run(tmp_path, module="weight_net", max_steps=2, max_grad_norm=0.0, weight_decay=0.0, **ACCUMULATED)
+    with torch.no_grad():
+        trainer.meta_module.members[0].network[2].bias.fill_(-1e4)
+    before = report(trainer)
+    trainer.train()
+    assert trainer._skipped.in_all == 2
+    assert moved(before["theta"], report(trainer)["theta"]) == 0
