@@ -103,7 +103,13 @@ class ObjectiveTrainer(Trainer):
 
     def _begin(self, window: Window) -> None:
         """A new optimizer step."""
-        self._window, self._step_sum = window, TermSum()
+        self._window, self._num_taken, self._step_sum = window, 0, TermSum()
+
+    def _take(self, inputs: Batch, num_items: Any) -> None:
+        """The next micro-batch, which a subclass may have changed; outside of a training loop a step of its own."""
+        if self._num_taken == len(self._window.batches):
+            self._begin(Window([inputs], num_items))
+        self._num_taken += 1
 
     @property
     def _sums_quotients(self) -> bool:

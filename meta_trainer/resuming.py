@@ -35,6 +35,7 @@ from meta_trainer.objective import ObjectiveTrainer
 from meta_trainer.schedule_free import averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.sharding import holds_optimizer
 from meta_trainer.sigterm import SaveAndStop, listening
+from meta_trainer.window import Window
 
 logger = logging.get_logger(__name__)
 
@@ -75,14 +76,17 @@ class ResumableTrainer(ObjectiveTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         checkpoint = decided_by_the_first(lambda: self._find_checkpoint(resume_from_checkpoint))
         self._stop = SaveAndStop()
-        if not (self._saves or getattr(self.args, "enable_jit_checkpoint", False)):
-            return super().train(checkpoint, *args, **kwargs)
-        self.add_callback(self._stop)
+        saves = self._saves or getattr(self.args, "enable_jit_checkpoint", False)
+        if saves:
+            self.add_callback(self._stop)
         try:
-            with listening(self._stop):
+            with listening(self._stop) if saves else nullcontext():
                 output = super().train(checkpoint, *args, **kwargs)
         finally:
-            self.remove_callback(self._stop)
+            if saves:
+                self.remove_callback(self._stop)
+            # The last step's batches are of no more use.
+            self._begin(Window([]))
         self._stop.finish(self.state)
         return output
 

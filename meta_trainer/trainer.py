@@ -193,8 +193,7 @@ class MetaTrainer(ResumableTrainer):
         """The meta step, when one is due, and the base step."""
         if self.meta_module is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if not self._window.holds(inputs):
-            self._begin(Window([inputs], num_items_in_batch))
+        self._take(inputs, num_items_in_batch)
         base_inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         try:
             if self._meta_step_is_due():

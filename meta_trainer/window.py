@@ -29,10 +29,6 @@ class Window:
         """Whether this very object is the first batch."""
         return bool(self.batches) and self.batches[0] is batch
 
-    def holds(self, batch: Batch) -> bool:
-        """Whether this very object is among the batches."""
-        return any(known is batch for known in self.batches)
-
     def terms(self, term: Callable[[Batch], TrainLoss]) -> Iterable[TrainLoss]:
         """What `term` gives for each batch, when it is asked for, any number of times."""
         return _Terms(self.batches, term)

@@ -142,3 +142,19 @@ def test_weights_that_are_all_zero_train_nothing_and_break_nothing(tmp_path):
     trainer.train()
     assert trainer._skipped.in_all == 2
     assert moved(before["theta"], report(trainer)["theta"]) == 0
+
+
+@pytest.mark.parametrize("module", ["weight_net", "both"])
+def test_a_subclass_may_change_the_batches_of_an_accumulated_step(tmp_path, module):
+    """The base step is that of the batches that it gets; the meta step looks at the first of them."""
+
+    class Copies(MetaTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            return super().training_step(model, dict(inputs), num_items_in_batch)
+
+    settings = {"module": module, "meta_learning_rate": 0.0, "max_steps": 3, **ACCUMULATED}
+    _, _, expected = trained(tmp_path / "expected", **settings)
+    trainer, _, found = trained(tmp_path / "found", kind=Copies, **settings)
+    assert trainer._num_meta_steps == 3
+    del found["meta_loss"]
+    assert_same_run(found, expected, **EXACT)
