@@ -77,6 +77,9 @@ class BilevelProblem:
         """Refuse tensors that could not be perturbed, or whose gradient would be ambiguous."""
         for name, tensors in (("theta", self.theta), ("meta_params", self.meta_params)):
             _check_leaves(name, tensors)
+            # Of a few small parameters, one replica of many may hold no part at all.
+            if self.sharding is None or name != "theta":
+                _check_numbers(name, tensors)
         if {id(t) for t in self.theta} & {id(t) for t in self.meta_params}:
             raise ValueError(
                 "`theta` and `meta_params` should have no tensor in common, but they share at least one. "
@@ -104,6 +107,9 @@ def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
                 f"`{name}[{position}]` should be a leaf tensor, but it is the result of an operation that autograd "
                 "recorded. Pass the parameter itself."
             )
+
+
+def _check_numbers(name: str, tensors: Sequence[Tensor]) -> None:
     if not any(tensor.numel() for tensor in tensors):
         raise ValueError(
             f"`{name}` should hold at least one number, got tensors of the shapes {[[*t.shape] for t in tensors]}."

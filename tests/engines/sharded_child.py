@@ -246,6 +246,7 @@ def scenarios(child: Child) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     if child.engine in ("ddp", "zero1", "zero2"):
         found["t1t2"] = child.train(both, hypergradient="t1t2")
+        found["dealt_out"] = child.train(both, noise="guided", share_candidates=True)
     if child.engine != "fsdp2_sharded":
         given = {"num_candidates": 3, "temperature": 0.05}
         with given_noise(child.engine, None):
