@@ -17,6 +17,8 @@ from transformers.models.auto.modeling_auto import (
 from meta_trainer.modules import Batch
 from meta_trainer.per_example_loss import IGNORED
 
+Check = Callable[[Batch, str], None]
+
 TEXT_CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
 TOKEN_CLASSIFIERS = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
 
@@ -48,8 +50,19 @@ class BatchChecks:
         self.positions = _positions(model)
         self._float_labels: bool | None = None
 
-    def check(self, batch: Mapping[str, Any]) -> None:
-        """Raise ValueError, which says what is wrong, unless the model can take the batch."""
+    def check(self, batch: Mapping[str, Any], kind: str = "train") -> None:
+        """Raise ValueError, which says what is wrong, unless the model can take the batch.
+
+        Args:
+            batch: The batch.
+            kind: What the error calls it.
+        """
+        try:
+            self._check(batch)
+        except ValueError as error:
+            raise ValueError(f"{self.model_name} cannot take a {kind} batch: {error}.") from error
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
         self._check_columns({key for key in batch if key not in self.hidden})
         for column, size in self.sizes.items():
             if column in batch:
@@ -147,21 +160,21 @@ class CheckedCollator:
     Args:
         collate: From a list of examples to a batch.
         kind: What errors call the batch: ``"train"`` or ``"meta"``.
-        checks: Of the batch; None for none.
+        check: ``(batch, kind)``, raises a ValueError; None for no check.
         nested: Column in which the collator may put a meta batch; None for no such column.
-        nested_checks: Of that one.
+        check_nested: Of that one.
     """
 
     def __init__(
         self,
         collate: Callable[[list[Any]], Batch],
         kind: str,
-        checks: BatchChecks | None,
+        check: Check | None,
         nested: str | None = None,
-        nested_checks: BatchChecks | None = None,
+        check_nested: Check | None = None,
     ) -> None:
-        self.collate, self.kind, self.checks = collate, kind, checks
-        self.nested, self.nested_checks = nested, nested_checks
+        self.collate, self.kind, self.check = collate, kind, check
+        self.nested, self.check_nested = nested, check_nested
 
     def __call__(self, examples: list[Any]) -> Batch:
         """The collated batch.
@@ -184,19 +197,11 @@ class CheckedCollator:
                 f"{str(error)[:300]}. All should have the same columns; pass a `data_collator` that pads those of "
                 "different lengths."
             ) from error
-        self._check(self.kind, batch, self.checks)
-        if self.nested is not None and self.nested in batch:
-            self._check("meta", batch[self.nested], self.nested_checks)
+        if self.check is not None:
+            self.check(batch, self.kind)
+        if self.check_nested is not None and self.nested in batch:
+            self.check_nested(batch[self.nested], "meta")
         return batch
-
-    @staticmethod
-    def _check(kind: str, batch: Mapping[str, Any], checks: BatchChecks | None) -> None:
-        if checks is None:
-            return
-        try:
-            checks.check(batch)
-        except ValueError as error:
-            raise ValueError(f"{checks.model_name} cannot take a {kind} batch: {error}.") from error
 
 
 def _found(value: Any) -> str:

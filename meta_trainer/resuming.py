@@ -142,8 +142,7 @@ class ResumableTrainer(ObjectiveTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.meta_module is not None and self.args.should_save:
-            with averages(self.meta_optimizer):
-                self.meta_module.save_pretrained(self._folder(output_dir) / META_MODULE_FOLDER)
+            self._save_meta_module(self._folder(output_dir))
             if self.args.save_only_model and self._checkpoint_in_work is not None:
                 write_manifest(self._checkpoint_in_work)
 
@@ -151,8 +150,12 @@ class ResumableTrainer(ObjectiveTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.meta_module is not None and self.args.should_save:
             # `_save` is not called where a model is saved in shards.
-            self.meta_module.save_pretrained(Path(output_dir) / META_MODULE_FOLDER)
+            self._save_meta_module(Path(output_dir))
             torch.save(self._meta_state(), Path(output_dir) / META_STATE_NAME)
+
+    def _save_meta_module(self, folder: Path) -> None:
+        with averages(self.meta_optimizer):
+            self.meta_module.save_pretrained(folder / META_MODULE_FOLDER)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

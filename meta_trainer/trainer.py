@@ -135,7 +135,7 @@ class MetaTrainer(ResumableTrainer):
         self.meta_scaler = torch.amp.GradScaler(
             self.args.device.type, enabled=self.args.fp16 and self.args.device.type != "cpu"
         )
-        self._batch_checks = self._create_batch_checks()
+        self._batch_checks: BatchChecks | None = None
         self.meta_data = None if self._meta_dataset is None else self._create_meta_data(self._meta_dataset)
         self._meta_metrics = MetaMetrics()
         self._diagnostics = Diagnostics(self.args)
@@ -155,7 +155,7 @@ class MetaTrainer(ResumableTrainer):
             )
 
     def _create_meta_data(self, dataset: Dataset[Any]) -> MetaDataStream:
-        collator = CheckedCollator(self.data_collator, "meta", self._batch_checks)
+        collator = CheckedCollator(self.data_collator, "meta", self._check_batch)
         collate = self._get_collator_with_removed_columns(collator, description="meta")
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return MetaDataStream(
@@ -166,6 +166,12 @@ class MetaTrainer(ResumableTrainer):
             self.args.process_index,
             self.args.world_size,
         )
+
+    def _check_batch(self, batch: Batch, kind: str) -> None:
+        # When it is needed, as embeddings may still be resized, and models made.
+        if self._batch_checks is None:
+            self._batch_checks = self._create_batch_checks()
+        self._batch_checks.check(batch, kind)
 
     def _create_batch_checks(self) -> BatchChecks:
         # An objective of the user's own reads labels of any kind.
@@ -180,10 +186,10 @@ class MetaTrainer(ResumableTrainer):
             return super().get_train_dataloader()
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise ValueError("`train_dataset` should hold at least one example, got none.")
-        collator = self.data_collator
-        # What a meta module makes of a batch is not known here.
-        checks = None if self.meta_module.has_batch_door else self._batch_checks
-        self.data_collator = CheckedCollator(collator, "train", checks, META_BATCH, self._batch_checks)
+        collator, self._batch_checks = self.data_collator, self._create_batch_checks()
+        # What a meta module makes of a batch is not known here. Workers get the checks without the trainer.
+        check = None if self.meta_module.has_batch_door else self._batch_checks.check
+        self.data_collator = CheckedCollator(collator, "train", check, META_BATCH, self._batch_checks.check)
         try:
             return super().get_train_dataloader()
         finally:

@@ -141,6 +141,6 @@ def test_a_collator_that_returns_no_dictionary_is_refused():
 def test_the_meta_batch_inside_a_train_batch_is_checked_as_one():
     good = {"input_ids": TOKENS, "labels": CLASSES}
     collate = partial(dict, **good, meta_batch={**good, "labels": CLASSES + 1})
-    collator = CheckedCollator(lambda examples: collate(), "train", None, "meta_batch", checks())
+    collator = CheckedCollator(lambda examples: collate(), "train", None, "meta_batch", checks().check)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification cannot take a meta batch: .* got 3"):
         collator([1])
