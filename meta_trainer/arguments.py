@@ -16,6 +16,7 @@ INNER_STEPS = ("sgd", "optimizer")
 MODEL_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
 GUARDS = ("none", "ascent", "change")
 LARGEST_SEED = 2**32 - 1  # numpy's
+LARGEST_RATE = 1e30  # optimizers divide it by numbers below 1
 
 
 @dataclass
@@ -195,6 +196,10 @@ class MetaTrainingArguments(TrainingArguments):
         ):  # fmt: skip
             if not is_not_negative(getattr(self, name)):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)!r}.")
+        if self.meta_learning_rate > LARGEST_RATE:
+            raise ValueError(
+                f"`meta_learning_rate` should be at most {LARGEST_RATE:g}, got {self.meta_learning_rate!r}."
+            )
         if not is_integer(self.meta_max_skipped):
             raise ValueError(f"`meta_max_skipped` should be a whole number, got {self.meta_max_skipped!r}.")
         if not is_integer(self.seed) or not 0 <= self.seed <= LARGEST_SEED:

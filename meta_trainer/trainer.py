@@ -327,7 +327,7 @@ class MetaTrainer(ResumableTrainer):
             meta_params=self.meta_parameters,
             train_loss=terms if len(window.batches) > 1 else next(iter(terms)),
             val_loss=val_loss,
-            state=list(model.buffers()),
+            state=[*model.buffers(), *self.meta_module.buffers()],
             intermediates=self._shared_forward.intermediates,
             mean=self._mean_over_replicas,
             turn=(args.process_index, args.world_size) if args.share_candidates else (0, 1),
@@ -424,7 +424,7 @@ class MetaTrainer(ResumableTrainer):
     @contextmanager
     def _without_trace(self, model: nn.Module) -> Iterator[None]:
         """Give random numbers and buffers back after a forward pass."""
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        buffers = [(b, b.clone()) for module in (model, self.meta_module) for b in module.buffers()]
         with preserved_random_state([self.args.device]):
             try:
                 yield

@@ -1,11 +1,13 @@
 """One meta step: what it computes, and what it leaves alone."""
 
 import random
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 from tiny import (
+    HiddenShift,
     MeanLoss,
     PointClassifier,
     batch_of,
@@ -193,3 +195,29 @@ def test_nothing_is_differentiated_outside_the_scope(tmp_path):
     # The train loss and the meta loss.
     assert needed == [(False, True)] * 2
     assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+class WithRunningMean(HiddenShift):
+    """Counts and averages what goes through its door."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    @contextmanager
+    def attach(self, model, batch):
+        hook = model.dropout.register_forward_pre_hook(lambda module, inputs: (self.norm(inputs[0]) + self.shift,))
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@pytest.mark.parametrize("settings", [{}, {"hypergradient": "t1t2"}, {"perturb": ["head"]}, {"noise": "guided"}])
+def test_buffers_of_the_meta_module_are_those_of_the_base_step(tmp_path, settings):
+    trainer = meta_trainer(tmp_path, WithRunningMean(), max_steps=3, **settings)
+    trainer.meta_step(trainer.model, batch_of(sentences(4, 1)))
+    assert trainer.meta_module.norm.num_batches_tracked == 0
+    trainer.train()
+    assert trainer.meta_module.norm.num_batches_tracked == 3
+    assert trainer.meta_module.norm.running_mean.abs().max() > 0

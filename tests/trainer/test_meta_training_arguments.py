@@ -241,3 +241,8 @@ def test_guided_noise_is_guarded_by_default_and_nothing_else_is(tmp_path):
         assert arguments(tmp_path, **settings).meta_guard == "none"
     assert arguments(tmp_path, noise="guided").meta_guard == "ascent"
     assert arguments(tmp_path, noise="guided", meta_guard="none").meta_guard == "none"
+
+
+def test_a_meta_learning_rate_that_no_optimizer_could_use_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`meta_learning_rate` should be at most 1e\+30, got 3e\+38"):
+        arguments(tmp_path, meta_learning_rate=3e38)
