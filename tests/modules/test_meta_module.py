@@ -139,6 +139,17 @@ def test_a_list_without_members_is_refused():
         MetaModuleList([])
 
 
+@pytest.mark.parametrize("members", [None, 3, "ab", MetaWeightNet, MetaWeightNet(), torch.nn.Linear(1, 1)])
+def test_what_is_no_list_of_meta_modules_is_refused(members):
+    with pytest.raises(ValueError, match="should be a MetaModule, or a list of them, got "):
+        MetaModuleList(members)
+
+
+def test_a_list_with_a_member_that_is_no_meta_module_is_refused():
+    with pytest.raises(ValueError, match=r"or a list of them, got \['MetaWeightNet', 'Linear'\]"):
+        MetaModuleList([MetaWeightNet(), torch.nn.Linear(1, 1)])
+
+
 def test_a_list_with_two_loss_doors_is_refused():
     with pytest.raises(ValueError, match=r"At most one member.*got 2: \['MetaWeightNet', 'SumLosses'\]"):
         MetaModuleList([MetaWeightNet(), AddToBatch(), SumLosses()])
