@@ -24,6 +24,8 @@ from meta_trainer.batch_checks import BatchChecks, CheckedCollator
 from meta_trainer.checkpoint import (
     break_seal,
     check_complete,
+    check_counts,
+    check_optimizer_kind,
     check_optimizer_state,
     check_writable,
     discard_incomplete,
@@ -204,10 +206,18 @@ class MetaTrainer(Trainer):
         )
 
     def _create_batch_checks(self) -> BatchChecks:
-        # An objective of the user's own reads labels of any kind.
-        own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
+        # An objective of the user's own reads labels of any kind, and methods of theirs may take columns out.
+        own = {
+            name
+            for name in ("compute_loss", "training_step", "_prepare_inputs")
+            if getattr(type(self), name) is not getattr(MetaTrainer, name)
+        }
+        taken_out = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
         return BatchChecks(
-            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+            self.model,
+            hidden=(*self.meta_module.batch_columns, META_BATCH, *taken_out),
+            reads_labels=self.compute_loss_func is None and "compute_loss" not in own,
+            reads_all=not own,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -216,6 +226,7 @@ class MetaTrainer(Trainer):
             return super().get_train_dataloader()
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise ValueError("`train_dataset` should hold at least one example, got none.")
+        self._batch_checks.look_at(self.model)
         collator = self.data_collator
         # What a meta module makes of a batch is not known here.
         checks = None if self.meta_module.has_batch_door else self._batch_checks
@@ -653,6 +664,10 @@ class MetaTrainer(Trainer):
             if checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self._folder()}.")
         elif resume_from_checkpoint:
+            if not isinstance(resume_from_checkpoint, str | Path):
+                raise ValueError(
+                    f"`resume_from_checkpoint` should be a folder, True or False, got {resume_from_checkpoint!r}."
+                )
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
         if self._saves:
@@ -726,6 +741,8 @@ class MetaTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             if self.meta_module is not None and checkpoint is not None:
                 self._load_meta_state(Path(checkpoint))
+                for optimizer in (self.optimizer, self.meta_optimizer):
+                    check_optimizer_kind(optimizer, Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):
@@ -769,6 +786,7 @@ class MetaTrainer(Trainer):
             )
             return
         state = load_state(file)
+        check_counts(state, ("num_meta_steps", "meta_batches_read"), file)
         check_optimizer_state(state["optimizer"], self.meta_parameters, file)
         self.meta_optimizer.load_state_dict(state["optimizer"])
         restore_iterates(self.meta_optimizer, state["iterates"])
