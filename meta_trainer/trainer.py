@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ class MetaTrainer(Trainer):
     ) -> None:
         if meta_module is None and meta_dataset is not None:
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
+        if meta_module is not None:
+            _check_kinds(args, meta_dataset, per_example_loss)
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
         with nullcontext() if meta_module is None else without_checkpoints_within_steps(args):
@@ -224,6 +226,11 @@ class MetaTrainer(Trainer):
         """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""
         if self.meta_module is None:
             return super().get_train_dataloader()
+        if isinstance(self.train_dataset, Mapping | str | int):
+            raise ValueError(
+                f"`train_dataset` should be a data set or a list of examples, got {type(self.train_dataset).__name__}. "
+                "Of a dictionary of splits, choose one."
+            )
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise ValueError("`train_dataset` should hold at least one example, got none.")
         self._batch_checks.look_at(self.model)
@@ -508,6 +515,9 @@ class MetaTrainer(Trainer):
         if self.meta_module.reference_losses:
             batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
         loss = self.meta_module.reduce(losses, batch, outputs)
+        if not isinstance(loss, Tensor) or loss.dim():
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"{type(self.meta_module).__name__}.reduce should return a scalar tensor, got {found}.")
         normalizer = self.meta_module.normalizer(losses, batch) if self._sums_quotients else None
         if normalizer is not None:
             # A constant that keeps the loss in the order of a mean.
@@ -527,6 +537,9 @@ class MetaTrainer(Trainer):
             raise ValueError(f"Weighing examples needs a column `labels`, got the columns {sorted(batch)}.")
         outputs = model(**self._model_inputs(batch))
         losses = self.per_example_loss(outputs, batch["labels"])
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise ValueError(f"`per_example_loss` should return one loss per example, a tensor [N], got {found}.")
         if not self._loss_checked:
             check_agreement(losses, outputs["loss"] if isinstance(outputs, dict) else outputs[0])
             self._loss_checked = True
@@ -742,7 +755,8 @@ class MetaTrainer(Trainer):
             if self.meta_module is not None and checkpoint is not None:
                 self._load_meta_state(Path(checkpoint))
                 for optimizer in (self.optimizer, self.meta_optimizer):
-                    check_optimizer_kind(optimizer, Path(checkpoint))
+                    if optimizer is not None:
+                        check_optimizer_kind(optimizer, Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):
@@ -813,6 +827,19 @@ class MetaTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         if self.meta_module is not None and self.is_world_process_zero():
             add_meta_section(self._folder() / "README.md", self.meta_module, self.args)
+
+
+def _check_kinds(args: Any, meta_dataset: Any, per_example_loss: Any) -> None:
+    """Raise ValueError for arguments that are no such thing at all."""
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ValueError(f"`args` should be MetaTrainingArguments, got {type(args).__name__}.")
+    if isinstance(meta_dataset, Mapping | str):
+        raise ValueError(
+            f"`meta_dataset` should be a data set or a list of examples, got {type(meta_dataset).__name__}. Of a "
+            "dictionary of splits, choose one."
+        )
+    if per_example_loss is not None and not callable(per_example_loss):
+        raise ValueError(f"`per_example_loss` should be a function (outputs, labels) -> [N], got {per_example_loss!r}.")
 
 
 @contextmanager

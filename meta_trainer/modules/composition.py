@@ -115,4 +115,7 @@ class MetaModuleList(MetaModule):
         """Build every member from its own configuration."""
         if config.get("meta_module") != cls.__name__:
             return MetaModule.from_config(config)
-        return cls([MetaModule.from_config(member) for member in config["members"]])
+        members = config.get("members")
+        if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+            raise ValueError(f"The configuration of a {cls.__name__} should list its `members`, got {members!r}.")
+        return cls([MetaModule.from_config(member) for member in members])

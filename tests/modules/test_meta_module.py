@@ -293,6 +293,22 @@ def test_a_configuration_of_an_unknown_class_is_refused(name):
         MetaModule.from_config({"meta_module": name})
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"meta_module": ["MetaWeightNet"]}, "should name a meta module under `meta_module`"),
+        ({"meta_module": "MetaWeightNet", "depth": 3}, "of a MetaWeightNet does not fit it: .*'depth'"),
+        ({"meta_module": "MetaModule", "hidden_size": 3}, "of a MetaModule does not fit it"),
+        ({"meta_module": "RepresentationTransform"}, "does not fit it: missing .*'hidden_size'"),
+        ({"meta_module": "MetaModuleList"}, "should list its `members`, got None"),
+        ({"meta_module": "MetaModuleList", "members": ["MetaWeightNet"]}, "should list its `members`, got "),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_class_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        MetaModule.from_config(config)
+
+
 def test_a_list_that_holds_an_unknown_class_is_refused():
     with pytest.raises(ValueError, match="got 'NoSuchModule'"):
         MetaModule.from_config({"meta_module": "MetaModuleList", "members": [{"meta_module": "NoSuchModule"}]})

@@ -286,10 +286,9 @@ def test_sizes_should_be_positive_whole_numbers(name, size):
 
 @pytest.mark.parametrize("is_source", [[True], torch.ones(1, 2), torch.tensor(1)])
 def test_the_column_that_tells_source_from_target_has_one_value_per_example(is_source):
-    module = RepresentationTransform(HIDDEN)
+    attached = RepresentationTransform(HIDDEN).attach(MODELS["bert"][0](), {"is_source": is_source})
     with pytest.raises(ValueError, match=r"`is_source` should be a tensor of booleans of shape \[B\], got "):
-        with module.attach(MODELS["bert"][0](), {"is_source": is_source}):
-            pass
+        attached.__enter__()
 
 
 def test_states_of_another_size_than_the_networks_are_refused():

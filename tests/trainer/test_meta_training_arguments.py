@@ -241,3 +241,23 @@ def test_guided_noise_is_guarded_by_default_and_nothing_else_is(tmp_path):
         assert arguments(tmp_path, **settings).meta_guard == "none"
     assert arguments(tmp_path, noise="guided").meta_guard == "ascent"
     assert arguments(tmp_path, noise="guided", meta_guard="none").meta_guard == "none"
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "warmup_stable_decay", "cosine_with_min_lr"])
+def test_a_meta_schedule_that_needs_more_than_the_step_is_refused(tmp_path, schedule):
+    with pytest.raises(ValueError, match=f"a schedule of the step alone, got '{schedule}', which needs"):
+        MetaTrainingArguments(str(tmp_path), meta_lr_scheduler_type=schedule)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("label_smoothing_factor", value) for value in (-0.1, 2, NAN, "0.1")],
+        *[("gradient_accumulation_steps", value) for value in (0, -1, 1.5)],
+        *[("data_seed", value) for value in (-1, 1.5, "1")],
+        *[("learning_rate", value) for value in (-1, NAN, "x", None)],
+    ],
+)
+def test_settings_of_trainer_that_a_meta_step_computes_with_are_checked(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` should be .*, got {value!r}"):
+        MetaTrainingArguments(str(tmp_path), **{name: value})
