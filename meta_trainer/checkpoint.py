@@ -254,14 +254,17 @@ def check_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter],
             )
 
 
-def check_optimizer_kind(optimizer: torch.optim.Optimizer, checkpoint: Path) -> None:
-    """Look at the settings that an optimizer took over, which PyTorch does not.
+@contextmanager
+def same_kind(optimizer: torch.optim.Optimizer | None, checkpoint: str | Path) -> Iterator[None]:
+    """Around the loading of an optimizer's state: look at the settings that it takes over, which PyTorch does not.
 
     Raises:
         ValueError: If they are those of an optimizer of another kind.
     """
-    needed = (getattr(optimizer, "defaults", None) or {}).keys()
-    if missing := sorted({name for group in optimizer.param_groups for name in needed - group.keys()}):
+    # Loading replaces the groups.
+    needed = {name for group in getattr(optimizer, "param_groups", []) for name in group}
+    yield
+    if missing := sorted({name for g in getattr(optimizer, "param_groups", []) for name in needed - g.keys()}):
         raise ValueError(
             f"{checkpoint} was saved with another optimizer: that state has no {', '.join(missing)}. Resume with the "
             "`optim` and the `meta_optim` of then."

@@ -25,13 +25,13 @@ from meta_trainer.checkpoint import (
     break_seal,
     check_complete,
     check_counts,
-    check_optimizer_kind,
     check_optimizer_state,
     check_writable,
     discard_incomplete,
     load_state,
     newest_complete,
     reading,
+    same_kind,
     seal,
     write_manifest,
     writing,
@@ -751,12 +751,13 @@ class MetaTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if self.meta_module is not None and checkpoint is not None:
+            if self.meta_module is None or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            with same_kind(self.optimizer, checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            with same_kind(self.meta_optimizer, checkpoint):
                 self._load_meta_state(Path(checkpoint))
-                for optimizer in (self.optimizer, self.meta_optimizer):
-                    if optimizer is not None:
-                        check_optimizer_kind(optimizer, Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):

@@ -265,3 +265,9 @@ def test_states_of_another_kind_of_optimizer_are_refused(folder, settings):
 def test_a_checkpoint_is_named_by_a_path(folder, checkpoint):
     with pytest.raises(ValueError, match="`resume_from_checkpoint` should be a folder, True or False, got "):
         trainer_in(folder).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("settings", [{"meta_optim": "schedule_free_adamw"}, {"optim": "adagrad"}])
+def test_states_of_the_same_kind_of_optimizer_are_taken(tmp_path, settings):
+    trainer_in(tmp_path, **settings).train()
+    trainer_in(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=True)

@@ -299,7 +299,7 @@ def test_a_configuration_of_an_unknown_class_is_refused(name):
         ({"meta_module": ["MetaWeightNet"]}, "should name a meta module under `meta_module`"),
         ({"meta_module": "MetaWeightNet", "depth": 3}, "of a MetaWeightNet does not fit it: .*'depth'"),
         ({"meta_module": "MetaModule", "hidden_size": 3}, "of a MetaModule does not fit it"),
-        ({"meta_module": "RepresentationTransform"}, "does not fit it: missing .*'hidden_size'"),
+        ({"meta_module": "RepresentationTransform"}, "does not fit it: .* missing .*'hidden_size'"),
         ({"meta_module": "MetaModuleList"}, "should list its `members`, got None"),
         ({"meta_module": "MetaModuleList", "members": ["MetaWeightNet"]}, "should list its `members`, got "),
     ],
