@@ -461,8 +461,9 @@ class MetaTrainer(Trainer):
         if all(grad is None for grad in grads):
             raise ValueError(
                 f"The training loss does not depend on any parameter of {type(self.meta_module).__name__}, so that "
-                "nothing can be learned. Check that its doors use its parameters, without `detach` or `no_grad`; if "
-                "they are shut in the first steps, say so by `may_be_idle`."
+                "nothing can be learned. Check that its doors use its parameters, without `detach` or `no_grad`, and "
+                "that a `compute_loss` of your own calls that of MetaTrainer, which opens them; if they are shut in "
+                "the first steps, say so by `may_be_idle`."
             )
         self._path_checked = True
 

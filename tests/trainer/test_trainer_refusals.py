@@ -1,16 +1,21 @@
 """What MetaTrainer refuses, and its meta data."""
 
 import pytest
+import torch
 from tiny import (
     NUM_META,
     IdentityModule,
+    MeanLoss,
+    PointClassifier,
     meta_trainer,
+    points,
     sentences,
     tiny_bert,
+    weight_net,
 )
 from transformers import TrainingArguments
 
-from meta_trainer import MetaModule
+from meta_trainer import MetaModule, MetaTrainer
 from meta_trainer.engines import refuse_engines
 
 
@@ -44,6 +49,69 @@ def test_rows_that_the_model_cannot_take_are_refused_before_a_pass(tmp_path, kin
     trainer = meta_trainer(tmp_path, keywords={f"{kind}_dataset": rows})
     with pytest.raises(ValueError, match=f"BertForSequenceClassification cannot take a {kind} batch: {message}"):
         trainer.train()
+
+
+@pytest.mark.parametrize("meta_module", [3, "weights", torch.nn.Linear(1, 1), [torch.nn.Linear(1, 1)], MetaModule])
+def test_what_is_no_meta_module_is_refused(tmp_path, meta_module):
+    with pytest.raises(ValueError, match="should be a MetaModule, or a list of them"):
+        meta_trainer(tmp_path, meta_module)
+
+
+@pytest.mark.parametrize("data", [{"train": sentences(4, 1)}, "corpus"])
+def test_a_dictionary_of_splits_is_no_data_set(tmp_path, data):
+    with pytest.raises(ValueError, match="`meta_dataset` should be a data set or a list of examples, got "):
+        meta_trainer(tmp_path, keywords={"meta_dataset": data})
+    with pytest.raises(ValueError, match="`train_dataset` should be a data set or a list of examples, got "):
+        meta_trainer(tmp_path, keywords={"train_dataset": data}).train()
+
+
+def test_arguments_of_the_wrong_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`args` should be MetaTrainingArguments, got dict"):
+        MetaTrainer(tiny_bert(), {"output_dir": str(tmp_path)}, meta_module=weight_net())
+    with pytest.raises(ValueError, match=r"`per_example_loss` should be a function .*, got 5"):
+        meta_trainer(tmp_path, keywords={"per_example_loss": 5})
+
+
+class Vector(IdentityModule):
+    def reduce(self, losses, batch, outputs):
+        return losses * self.unused.sum()
+
+
+@pytest.mark.parametrize(("module", "found"), [(Vector(), r"shape \[4\]"), (MeanLoss(), "None")])
+def test_a_meta_module_that_returns_no_scalar_is_refused(tmp_path, monkeypatch, module, found):
+    if found == "None":
+        monkeypatch.setattr(module, "reduce", lambda losses, batch, outputs: None)
+    message = f"{type(module).__name__}.reduce should return a scalar tensor, got {found}"
+    with pytest.raises(ValueError, match=message):
+        meta_trainer(tmp_path, module).train()
+
+
+@pytest.mark.parametrize("losses", [None, torch.tensor(1.0)])
+def test_per_example_losses_that_are_none_are_refused(tmp_path, losses):
+    trainer = meta_trainer(tmp_path, keywords={"per_example_loss": lambda outputs, labels: losses})
+    with pytest.raises(ValueError, match=r"`per_example_loss` should return one loss per example, a tensor \[N\], got"):
+        trainer.train()
+
+
+def test_the_users_own_objective_may_read_columns_that_the_model_does_not_take(tmp_path):
+    class Weighted(MetaTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            weight = inputs["importance"].mean()
+            inputs = {name: column for name, column in inputs.items() if name != "importance"}
+            return weight * super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    rows = [{**row, "importance": 2.0} for row in points(8, 1)]
+    keywords = {"train_dataset": rows, "meta_dataset": rows}
+    trainer = meta_trainer(tmp_path, None, PointClassifier(), Weighted, keywords, remove_unused_columns=False)
+    trainer.train()
+    assert trainer._num_meta_steps == 4
+
+
+def test_tokens_that_were_added_to_the_model_later_are_let_through(tmp_path):
+    trainer = meta_trainer(tmp_path, keywords={"meta_dataset": [{"input_ids": [55] * 6, "labels": 1}]})
+    trainer.model.resize_token_embeddings(60)
+    trainer.train()
+    assert trainer._num_meta_steps == 4
 
 
 def test_a_module_that_transforms_the_batch_may_be_given_any_labels(tmp_path):
