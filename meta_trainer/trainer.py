@@ -119,7 +119,7 @@ class MetaTrainer(Trainer):
         if meta_module is None and meta_dataset is not None:
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
         if meta_module is not None:
-            _check_kinds(args, meta_dataset, per_example_loss)
+            _check_kinds(model, args, meta_dataset, per_example_loss)
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
         with nullcontext() if meta_module is None else without_checkpoints_within_steps(args):
@@ -456,6 +456,8 @@ class MetaTrainer(Trainer):
             return
         inputs = [*self.meta_parameters, *(leaf for leaf, _ in self._shared_forward.intermediates)]
         grads: Sequence[Tensor | None] = ()
+        if loss.dim():
+            raise ValueError(f"The training loss should be a scalar, got shape {list(loss.shape)}.")
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
         if all(grad is None for grad in grads):
@@ -509,6 +511,9 @@ class MetaTrainer(Trainer):
         if self._reference is None:
             return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         batch = self.meta_module.transform_batch(inputs)
+        if not isinstance(batch, Mapping):
+            name = type(self.meta_module).__name__
+            raise ValueError(f"{name}.transform_batch should return a dictionary, got {type(batch).__name__}.")
         with self.meta_module.attach(self.accelerator.unwrap_model(model), {**batch, REFERENCES: self._reference}):
             if not self.meta_module.has_loss_door:
                 return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
@@ -831,8 +836,10 @@ class MetaTrainer(Trainer):
             add_meta_section(self._folder() / "README.md", self.meta_module, self.args)
 
 
-def _check_kinds(args: Any, meta_dataset: Any, per_example_loss: Any) -> None:
+def _check_kinds(model: Any, args: Any, meta_dataset: Any, per_example_loss: Any) -> None:
     """Raise ValueError for arguments that are no such thing at all."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"`model` should be a module of PyTorch, got {type(model).__name__}. Load it first.")
     if args is not None and not isinstance(args, TrainingArguments):
         raise ValueError(f"`args` should be MetaTrainingArguments, got {type(args).__name__}.")
     if isinstance(meta_dataset, Mapping | str):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import (
     NUM_META,
+    HiddenShift,
     IdentityModule,
     MeanLoss,
     PointClassifier,
@@ -68,6 +69,8 @@ def test_a_dictionary_of_splits_is_no_data_set(tmp_path, data):
 def test_arguments_of_the_wrong_kind_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`args` should be MetaTrainingArguments, got dict"):
         MetaTrainer(tiny_bert(), {"output_dir": str(tmp_path)}, meta_module=weight_net())
+    with pytest.raises(ValueError, match="`model` should be a module of PyTorch, got str"):
+        MetaTrainer("bert", meta_module=weight_net())
     with pytest.raises(ValueError, match=r"`per_example_loss` should be a function .*, got 5"):
         meta_trainer(tmp_path, keywords={"per_example_loss": 5})
 
@@ -84,6 +87,19 @@ def test_a_meta_module_that_returns_no_scalar_is_refused(tmp_path, monkeypatch, 
     message = f"{type(module).__name__}.reduce should return a scalar tensor, got {found}"
     with pytest.raises(ValueError, match=message):
         meta_trainer(tmp_path, module).train()
+
+
+def test_a_batch_door_that_returns_no_dictionary_is_refused(tmp_path, monkeypatch):
+    module = IdentityModule()
+    monkeypatch.setattr(module, "transform_batch", lambda batch: None)
+    with pytest.raises(ValueError, match="IdentityModule.transform_batch should return a dictionary, got NoneType"):
+        meta_trainer(tmp_path, module).train()
+
+
+def test_an_objective_that_is_no_scalar_is_refused(tmp_path):
+    keywords = {"compute_loss_func": lambda outputs, labels, num_items_in_batch: outputs["logits"]}
+    with pytest.raises(ValueError, match=r"The training loss should be a scalar, got shape \[4, 2\]"):
+        meta_trainer(tmp_path, HiddenShift(), keywords=keywords).train()
 
 
 @pytest.mark.parametrize("losses", [None, torch.tensor(1.0)])
