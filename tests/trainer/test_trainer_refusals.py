@@ -92,7 +92,7 @@ def test_a_meta_module_that_returns_no_scalar_is_refused(tmp_path, monkeypatch, 
 def test_a_batch_door_that_returns_no_dictionary_is_refused(tmp_path, monkeypatch):
     module = IdentityModule()
     monkeypatch.setattr(module, "transform_batch", lambda batch: None)
-    with pytest.raises(ValueError, match="IdentityModule.transform_batch should return a dictionary, got NoneType"):
+    with pytest.raises(ValueError, match=r"IdentityModule.transform_batch should return a dictionary, got NoneType"):
         meta_trainer(tmp_path, module).train()
 
 
