@@ -14,9 +14,11 @@ from meta_trainer.hypergrad.checks import is_integer, is_not_negative, is_positi
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
 INNER_STEPS = ("sgd", "optimizer")
 MODEL_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
+SCHEDULES_OF_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+SCHEDULES_WITH_SETTINGS = ("warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
 GUARDS = ("none", "ascent", "change")
 LARGEST_SEED = 2**32 - 1  # numpy's
-LARGEST_RATE = 1e30  # optimizers divide it by numbers below 1
+LARGEST_RATE = 3e37  # Adam divides it by 0.1 at first, and single precision ends at 3.4e38
 
 
 @dataclass
@@ -148,6 +150,7 @@ class MetaTrainingArguments(TrainingArguments):
             self.temperature = _number("temperature", self.temperature)
         self._check_names()
         self._check_ranges()
+        self._check_trainer_settings()
 
     def _choose_defaults(self) -> None:
         guided = self.hypergradient == "evograd" and self.noise == "guided"
@@ -168,6 +171,14 @@ class MetaTrainingArguments(TrainingArguments):
         ):
             if str(value) not in known:
                 raise ValueError(f"`{name}` should be one of {', '.join(known)}, got {value!r}.")
+        # An enum of text prints as its name.
+        schedule = SchedulerType(self.meta_lr_scheduler_type).value
+        if schedule in SCHEDULES_OF_A_METRIC + SCHEDULES_WITH_SETTINGS:
+            needed = "a metric to follow" if schedule in SCHEDULES_OF_A_METRIC else "settings of its own"
+            raise ValueError(
+                f"`meta_lr_scheduler_type` should be a schedule of the step alone, got {schedule!r}, which needs "
+                f"{needed}. The default is 'constant'."
+            )
         if any(str(self.meta_optim).startswith(kind) for kind in MODEL_OPTIMIZERS):
             raise ValueError(
                 f"`meta_optim` should be an optimizer that does not depend on a model, got {self.meta_optim!r}. The "
@@ -223,6 +234,22 @@ class MetaTrainingArguments(TrainingArguments):
         if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):
             raise ValueError(
                 "`relative_sigma` and `guidance` do not go with inner_step='optimizer', which has a scale of its own."
+            )
+
+    def _check_trainer_settings(self) -> None:
+        """Those that a meta step computes with and Trainer takes as they come."""
+        if self.data_seed is not None and (not is_integer(self.data_seed) or not 0 <= self.data_seed <= LARGEST_SEED):
+            raise ValueError(f"`data_seed` should be a whole number from 0 to {LARGEST_SEED}, got {self.data_seed!r}.")
+        if not is_not_negative(self.learning_rate):
+            raise ValueError(f"`learning_rate` should be zero or a positive number, got {self.learning_rate!r}.")
+        if not is_not_negative(self.label_smoothing_factor) or self.label_smoothing_factor > 1:
+            raise ValueError(
+                f"`label_smoothing_factor` should be a number from 0 to 1, got {self.label_smoothing_factor!r}."
+            )
+        if not is_integer(self.gradient_accumulation_steps) or self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                "`gradient_accumulation_steps` should be a positive, whole number, got "
+                f"{self.gradient_accumulation_steps!r}."
             )
 
     @property

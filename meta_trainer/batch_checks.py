@@ -9,46 +9,67 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-)
+from transformers.models.auto import modeling_auto
 
 from meta_trainer.modules import Batch
 from meta_trainer.per_example_loss import IGNORED
 
 Check = Callable[[Batch, str], None]
 
-TEXT_CLASSIFIERS = frozenset(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values())
-TOKEN_CLASSIFIERS = frozenset(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values())
+
+def _names(*tasks: str) -> frozenset[str]:
+    """Classes of transformers for some tasks; some architectures have several for one."""
+    mappings = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES") for task in tasks]
+    found = [name for mapping in mappings for name in mapping.values()]
+    return frozenset(name for names in found for name in ([names] if isinstance(names, str) else names))
+
+
+CLASSIFIERS = _names("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION", "AUDIO_CLASSIFICATION")
+TOKEN_CLASSIFIERS = _names("TOKEN_CLASSIFICATION")
+LANGUAGE_MODELS = _names("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+CHOOSERS = _names("MULTIPLE_CHOICE")
 
 
 class BatchChecks:
     """Columns, shapes, types and ranges that a model's forward pass takes for granted.
 
-    Labels are checked for the text and token classifiers of transformers, numbers of tokens for every model of text.
+    Labels are checked for the classifiers and language models of transformers, numbers of tokens for every model of
+    text.
 
     Args:
         model: The base model.
         hidden: Columns that the model does not get.
         reads_labels: Whether the loss is the model's own.
+        reads_all: Whether the model gets all other columns; otherwise it is not known which.
     """
 
-    def __init__(self, model: nn.Module, hidden: Sequence[str], reads_labels: bool) -> None:
+    def __init__(self, model: nn.Module, hidden: Sequence[str], reads_labels: bool, reads_all: bool = True) -> None:
+        self.hidden, self.reads_all = frozenset(hidden), reads_all
+        self._asked_for_labels = reads_labels
+        self._float_labels: bool | None = None
         parameters = inspect.signature(model.forward).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         self.required = {p.name for p in named if p.default is p.empty}
         self.known = None if any(p.kind is p.VAR_KEYWORD for p in parameters) else {p.name for p in named}
-        self.hidden = frozenset(hidden)
         # PEFT wraps a model that stays what it is.
         model = getattr(model, "get_base_model", lambda: model)()
         self.model_name = type(model).__name__
         self.config: Any = getattr(model, "config", None)
-        self.per_token = self.model_name in TOKEN_CLASSIFIERS
-        self.reads_labels = reads_labels and (self.per_token or self.model_name in TEXT_CLASSIFIERS)
+        # Of a model of the user's own nothing is known by its name.
+        kind = self.model_name if type(model).__module__.startswith("transformers.") else ""
+        self.per_token = kind in TOKEN_CLASSIFIERS
+        self.reads_labels = self._asked_for_labels and (self.per_token or kind in CLASSIFIERS)
         self.sizes = _table_sizes(model)
-        self.positions = _positions(model)
-        self._float_labels: bool | None = None
+        self.reads_tokens_as_labels = self._asked_for_labels and kind in LANGUAGE_MODELS and bool(self.sizes)
+        self.token_dims = "[B, C, T]" if kind in CHOOSERS else "[B, T]"
+        table = _position_table(model)
+        self.position_ids = None if table is None else table.num_embeddings
+        # RoBERTa counts from the padding index on.
+        offset = 0 if table is None or table.padding_idx is None else table.padding_idx + 1
+        self.positions = None if table is None else table.num_embeddings - offset
+        self.is_double = any(p.dtype == torch.float64 for p in model.parameters())
+        # A head of the user's own often comes with the attribute only.
+        self._own_num_labels = getattr(model, "num_labels", 0)
 
     def check(self, batch: Mapping[str, Any], kind: str = "train") -> None:
         """Raise ValueError, which says what is wrong, unless the model can take the batch.
@@ -57,6 +78,8 @@ class BatchChecks:
             batch: The batch.
             kind: What the error calls it.
         """
+        if not isinstance(batch, Mapping):
+            raise ValueError(f"A {kind} batch should be a dictionary, got {type(batch).__name__}.")
         try:
             self._check(batch)
         except ValueError as error:
@@ -70,23 +93,26 @@ class BatchChecks:
         self._check_shapes(batch)
         if self.reads_labels:
             self._check_labels(batch)
+        elif self.reads_tokens_as_labels and isinstance(batch.get("labels"), Tensor):
+            self._check_token_labels(batch)
 
     def _check_columns(self, columns: set[str]) -> None:
         if not columns:
             raise ValueError("it has no column that the model takes")
+        if not self.reads_all:
+            return
         if missing := sorted(self.required - columns):
             raise ValueError(f"it should have the columns {missing}, got {sorted(columns)}")
         if self.known is not None and (unknown := sorted(columns - self.known)):
             raise ValueError(f"{self.model_name} takes the columns {sorted(self.known)}, got also {unknown}")
 
     def _check_indices(self, column: str, values: Any, size: int) -> None:
-        if not isinstance(values, Tensor) or values.dtype not in (torch.int64, torch.int32) or values.dim() != 2:
-            raise ValueError(f"`{column}` should be integers of shape [B, T], got {_found(values)}")
+        integers = isinstance(values, Tensor) and values.dtype in (torch.int64, torch.int32)
+        if not integers or values.dim() != self.token_dims.count(",") + 1:
+            raise ValueError(f"`{column}` should be integers of shape {self.token_dims}, got {_found(values)}")
         if not values.numel():
             raise ValueError(f"`{column}` should hold at least one token, got {_found(values)}")
-        low, high = values.min().item(), values.max().item()
-        if low < 0 or high >= size:
-            raise ValueError(f"`{column}` should lie between 0 and {size - 1}, got {low if low < 0 else high}")
+        _check_range(column, values, size)
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         if "input_ids" not in self.sizes or "inputs_embeds" in batch:
@@ -94,8 +120,11 @@ class BatchChecks:
         if "input_ids" not in batch:
             raise ValueError(f"it should have a column `input_ids`, got the columns {sorted(batch)}")
         shape = batch["input_ids"].shape
-        if self.positions is not None and shape[1] > self.positions:
-            raise ValueError(f"a sentence should have at most {self.positions} tokens, got {shape[1]}: truncate it")
+        if self.positions is not None and shape[-1] > self.positions:
+            raise ValueError(f"a sentence should have at most {self.positions} tokens, got {shape[-1]}: truncate it")
+        chosen = batch.get("position_ids")
+        if self.position_ids is not None and isinstance(chosen, Tensor) and chosen.numel():
+            _check_range("position_ids", chosen, self.position_ids)
         for column in ("attention_mask", "token_type_ids"):
             value = batch.get(column)
             if isinstance(value, Tensor) and value.dim() == 2 and value.shape != shape:
@@ -116,19 +145,36 @@ class BatchChecks:
             self._check_classes(labels, list(tokens.shape) if self.per_token and isinstance(tokens, Tensor) else [rows])
         self._float_labels = labels.is_floating_point()
 
+    def _check_token_labels(self, batch: Mapping[str, Any]) -> None:
+        labels, tokens = batch["labels"], batch.get("input_ids")
+        if labels.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(f"`labels` should be tokens of type int64, got {_found(labels)}")
+        # A decoder of its own reads other tokens; permuted ones are predicted in part.
+        same = not getattr(self.config, "is_encoder_decoder", False) and "target_mapping" not in batch
+        if same and isinstance(tokens, Tensor) and labels.shape != tokens.shape:
+            raise ValueError(f"`labels` should have the shape {list(tokens.shape)} of the tokens, got {_found(labels)}")
+        counted = labels[labels != IGNORED]
+        size = getattr(self.config, "vocab_size", None)
+        if isinstance(size, int) and counted.numel():
+            _check_range("labels", counted, size, f", or be {IGNORED}")
+
+    @property
+    def _num_labels(self) -> int:
+        return max(int(self.config.num_labels), self._own_num_labels)
+
     def _has_float_labels(self, labels: Tensor) -> bool:
         if self.per_token:
             return False
         kind = getattr(self.config, "problem_type", None)
         if kind is None:
             # As the heads themselves guess.
-            return self.config.num_labels == 1 or labels.is_floating_point()
+            return self._num_labels == 1 or labels.is_floating_point()
         return bool(kind != "single_label_classification")
 
     def _check_float_labels(self, labels: Tensor, rows: int) -> None:
-        number = self.config.num_labels
+        number = self._num_labels
         shapes = [[rows, number]] if number > 1 else [[rows], [rows, 1]]
-        right = labels.is_floating_point() and labels.dtype != torch.float64
+        right = labels.is_floating_point() and (labels.dtype != torch.float64 or self.is_double)
         if not right or list(labels.shape) not in shapes or not rows:
             raise ValueError(
                 f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} "
@@ -138,7 +184,7 @@ class BatchChecks:
             raise ValueError("`labels` should be finite, got nan or infinity among them")
 
     def _check_classes(self, labels: Tensor, shape: list[int]) -> None:
-        number = self.config.num_labels
+        number = self._num_labels
         if labels.dtype != torch.int64 or list(labels.shape) not in (shape, [*shape, 1]):
             raise ValueError(f"`labels` should be int64 of shape {shape}, got {_found(labels)}")
         counted = labels[labels != IGNORED]
@@ -146,12 +192,8 @@ class BatchChecks:
             raise ValueError(
                 f"at least one of its labels should count, got none or {IGNORED} only: its loss would be nan"
             )
-        low, high = counted.min().item(), counted.max().item()
-        if low < 0 or high >= number:
-            raise ValueError(
-                f"`labels` should lie between 0 and {number - 1}, or be {IGNORED}, got {low if low < 0 else high}. Set "
-                "`num_labels` of the model's config to the number of classes"
-            )
+        advice = ". Set `num_labels` of the model's config to the number of classes"
+        _check_range("labels", counted, number, f", or be {IGNORED}", advice)
 
 
 class CheckedCollator:
@@ -199,8 +241,9 @@ class CheckedCollator:
             ) from error
         if self.check is not None:
             self.check(batch, self.kind)
-        if self.check_nested is not None and self.nested in batch:
-            self.check_nested(batch[self.nested], "meta")
+        nested = None if self.nested is None else batch.get(self.nested)
+        if self.check_nested is not None and nested is not None:
+            self.check_nested(nested, "meta")
         return batch
 
 
@@ -208,12 +251,23 @@ def _found(value: Any) -> str:
     return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else short(value)
 
 
+def _check_range(column: str, values: Tensor, size: int, exception: str = "", advice: str = "") -> None:
+    low, high = values.min().item(), values.max().item()
+    if low < 0 or high >= size:
+        found = low if low < 0 else high
+        raise ValueError(f"`{column}` should lie between 0 and {size - 1}{exception}, got {found}{advice}")
+
+
 def _table_sizes(model: nn.Module) -> dict[str, int]:
     """Number of embeddings that a column points into; none for models of more than text, with ids of their own."""
     config = getattr(model, "config", None)
     if config is None or getattr(config, "sub_configs", None) or getattr(model, "main_input_name", "") != "input_ids":
         return {}
-    table = model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        # A model of the user's own, whose embeddings transformers does not find.
+        return {}
     sizes = {
         "input_ids": getattr(table, "num_embeddings", None),
         "token_type_ids": getattr(config, "type_vocab_size", None),
@@ -221,10 +275,9 @@ def _table_sizes(model: nn.Module) -> dict[str, int]:
     return {column: size for column, size in sizes.items() if size}
 
 
-def _positions(model: nn.Module) -> int | None:
-    """Most tokens of a sentence where each position has a learned embedding."""
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    """The embeddings of positions, where they are learned."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and name.rpartition(".")[2] == "position_embeddings":
-            # RoBERTa counts from the padding index on.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+            return module
     return None

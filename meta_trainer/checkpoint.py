@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from reprlib import repr as short
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from meta_trainer.hypergrad.checks import is_integer
 
 logger = logging.get_logger(__name__)
 
@@ -209,7 +212,9 @@ def reading(checkpoint: str | Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, EOFError, SafetensorError, UnpicklingError, RuntimeError, LookupError, TypeError) as error:
+    except (
+        OSError, EOFError, SafetensorError, UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError
+    ) as error:  # fmt: skip
         raise ValueError(
             f"{checkpoint} cannot be resumed from: {_first_line(error)}. It is damaged, or of another model or "
             "meta module. Resume from another checkpoint."
@@ -249,6 +254,30 @@ def check_optimizer_state(state: dict[str, Any], parameters: list[nn.Parameter],
             )
 
 
+@contextmanager
+def same_kind(optimizer: torch.optim.Optimizer | None, checkpoint: str | Path) -> Iterator[None]:
+    """Around the loading of an optimizer's state: look at the settings that it takes over, which PyTorch does not.
+
+    Raises:
+        ValueError: If they are those of an optimizer of another kind.
+    """
+    # Loading replaces the groups.
+    needed = {name for group in getattr(optimizer, "param_groups", []) for name in group}
+    yield
+    if missing := sorted({name for g in getattr(optimizer, "param_groups", []) for name in needed - g.keys()}):
+        raise ValueError(
+            f"{checkpoint} was saved with another optimizer: that state has no {', '.join(missing)}. Resume with the "
+            "`optim` and the `meta_optim` of then."
+        )
+
+
+def check_counts(state: dict[str, Any], names: Sequence[str], file: Path) -> None:
+    """Raise ValueError unless the state holds whole numbers, not below zero, under `names`."""
+    for name in names:
+        if not is_integer(state.get(name)) or state[name] < 0:
+            raise ValueError(f"{file} is damaged: {name} should be a whole number, got {short(state.get(name))}.")
+
+
 def _is_foreign(shapes: list[tuple[int, ...]], parameter: nn.Parameter) -> bool:
     # Optimizers that factorize keep rows and columns instead of the whole.
     return any(len(shape) == parameter.ndim and shape != tuple(parameter.shape) for shape in shapes)
@@ -258,10 +287,11 @@ def _state_defect(file: Path) -> str | None:
     if not file.is_file():
         return f"{file.name} is missing"
     try:
-        TrainerState.load_from_json(str(file))
+        state = TrainerState.load_from_json(str(file))
     except (ValueError, TypeError, AttributeError, LookupError):
         return f"{file.name} cannot be read"
-    return None
+    # Trainer computes with it.
+    return None if isinstance(state.train_batch_size, int) else f"{file.name} is not one that a run writes"
 
 
 def _file_defect(folder: Path, name: str, entry: dict[str, Any], hashes: bool) -> str | None:

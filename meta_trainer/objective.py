@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,9 @@ class ObjectiveTrainer(Trainer):
         if self._reference is None:
             return super().compute_loss(model, self._model_inputs(inputs), return_outputs, num_items_in_batch)
         batch = self.meta_module.transform_batch(inputs)
+        if not isinstance(batch, Mapping):
+            name = type(self.meta_module).__name__
+            raise ValueError(f"{name}.transform_batch should return a dictionary, got {type(batch).__name__}.")
         with self.meta_module.attach(self.accelerator.unwrap_model(model), {**batch, REFERENCES: self._reference}):
             if not self.meta_module.has_loss_door:
                 return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
@@ -68,6 +71,9 @@ class ObjectiveTrainer(Trainer):
         if self.meta_module.reference_losses:
             batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
         loss = self.meta_module.reduce(losses, batch, outputs)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
+            raise ValueError(f"{type(self.meta_module).__name__}.reduce should return a scalar tensor, got {found}.")
         normalizer = self.meta_module.normalizer(losses, batch) if self._sums_quotients else None
         if normalizer is not None:
             # A constant that keeps the loss in the order of a mean.
@@ -90,6 +96,9 @@ class ObjectiveTrainer(Trainer):
             raise ValueError(f"Weighing examples needs a column `labels`, got the columns {sorted(batch)}.")
         outputs = model(**self._model_inputs(batch))
         losses = self.per_example_loss(outputs, batch["labels"])
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else repr(losses)
+            raise ValueError(f"`per_example_loss` should return one loss per example, a tensor [N], got {found}.")
         if not self._loss_checked:
             check_agreement(losses, outputs["loss"] if isinstance(outputs, dict) else outputs[0])
             self._loss_checked = True

@@ -16,12 +16,14 @@ from meta_trainer.agreement import decided_by_the_first
 from meta_trainer.checkpoint import (
     break_seal,
     check_complete,
+    check_counts,
     check_optimizer_state,
     check_writable,
     discard_incomplete,
     load_state,
     newest_complete,
     reading,
+    same_kind,
     seal,
     write_manifest,
     writing,
@@ -108,6 +110,10 @@ class ResumableTrainer(ObjectiveTrainer):
             if checkpoint is None:
                 raise ValueError(f"resume_from_checkpoint=True: there is no checkpoint in {self._folder()}.")
         elif resume_from_checkpoint:
+            if not isinstance(resume_from_checkpoint, str | Path):
+                raise ValueError(
+                    f"`resume_from_checkpoint` should be a folder, True or False, got {resume_from_checkpoint!r}."
+                )
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
         if self._saves:
@@ -183,10 +189,14 @@ class ResumableTrainer(ObjectiveTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with self._reading(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            if self.meta_module is not None and checkpoint is not None:
-                # DeepSpeed goes without `_load_from_checkpoint`.
-                self._load_meta_module(checkpoint)
+            if self.meta_module is None or checkpoint is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            with same_kind(self.optimizer, checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+            # DeepSpeed goes without `_load_from_checkpoint`.
+            self._load_meta_module(checkpoint)
+            with same_kind(self.meta_optimizer, checkpoint):
                 self._load_meta_state(Path(checkpoint))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
@@ -231,6 +241,7 @@ class ResumableTrainer(ObjectiveTrainer):
             )
             return
         state = load_state(file)
+        check_counts(state, ("num_meta_steps", "meta_batches_read"), file)
         check_optimizer_state(state["optimizer"], self.meta_parameters, file)
         self.meta_optimizer.load_state_dict(state["optimizer"])
         restore_iterates(self.meta_optimizer, state["iterates"])

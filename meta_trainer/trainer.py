@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -87,6 +87,8 @@ class MetaTrainer(ResumableTrainer):
     ) -> None:
         if meta_module is None and meta_dataset is not None:
             raise ValueError("`meta_dataset` was given without a `meta_module` that could learn from it.")
+        if meta_module is not None:
+            _check_kinds(model, args, meta_dataset, per_example_loss)
         if meta_module is not None and not isinstance(args, MetaTrainingArguments):
             args = MetaTrainingArguments.from_training_arguments(args or TrainingArguments("tmp_trainer"))
         with nullcontext() if meta_module is None else without_checkpoints_within_steps(args):
@@ -174,16 +176,29 @@ class MetaTrainer(ResumableTrainer):
         self._batch_checks.check(batch, kind)
 
     def _create_batch_checks(self) -> BatchChecks:
-        # An objective of the user's own reads labels of any kind.
-        own_objective = self.compute_loss_func is not None or type(self).compute_loss is not MetaTrainer.compute_loss
+        # An objective of the user's own reads labels of any kind, and methods of theirs may take columns out.
+        own = {
+            name
+            for name in ("compute_loss", "training_step", "_prepare_inputs")
+            if getattr(type(self), name) is not getattr(MetaTrainer, name)
+        }
+        taken_out = ("labels",) if self.compute_loss_func is not None or self.label_smoother is not None else ()
         return BatchChecks(
-            self.model, hidden=(*self.meta_module.batch_columns, META_BATCH), reads_labels=not own_objective
+            self.model,
+            hidden=(*self.meta_module.batch_columns, META_BATCH, *taken_out),
+            reads_labels=self.compute_loss_func is None and "compute_loss" not in own,
+            reads_all=not own,
         )
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As in Trainer; with a meta module, batches that the model cannot take are refused where they are made."""
         if self.meta_module is None:
             return super().get_train_dataloader()
+        if isinstance(self.train_dataset, Mapping | str | int):
+            raise ValueError(
+                f"`train_dataset` should be a data set or a list of examples, got {type(self.train_dataset).__name__}. "
+                "Of a dictionary of splits, choose one."
+            )
         if isinstance(self.train_dataset, Sized) and not len(self.train_dataset):
             raise ValueError("`train_dataset` should hold at least one example, got none.")
         collator, self._batch_checks = self.data_collator, self._create_batch_checks()
@@ -383,13 +398,16 @@ class MetaTrainer(ResumableTrainer):
             return
         inputs = [*self.meta_parameters, *(leaf for leaf, _ in self._shared_forward.intermediates)]
         grads: Sequence[Tensor | None] = ()
+        if loss.numel() != 1:
+            raise ValueError(f"The training loss should be a scalar, got shape {list(loss.shape)}.")
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, inputs, retain_graph=True, allow_unused=True)
         if all(grad is None for grad in grads):
             raise ValueError(
                 f"The training loss does not depend on any parameter of {type(self.meta_module).__name__}, so that "
-                "nothing can be learned. Check that its doors use its parameters, without `detach` or `no_grad`; if "
-                "they are shut in the first steps, say so by `may_be_idle`."
+                "nothing can be learned. Check that its doors use its parameters, without `detach` or `no_grad`, and "
+                "that a `compute_loss` of your own calls that of MetaTrainer, which opens them; if they are shut in "
+                "the first steps, say so by `may_be_idle`."
             )
         self._path_checked = True
 
@@ -473,6 +491,21 @@ class MetaTrainer(ResumableTrainer):
             if means:
                 logs["meta/skipped_in_all"] = self._skipped.in_all
         super().log(logs, *args, **kwargs)
+
+
+def _check_kinds(model: Any, args: Any, meta_dataset: Any, per_example_loss: Any) -> None:
+    """Raise ValueError for arguments that are no such thing at all."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise ValueError(f"`model` should be a module of PyTorch, got {type(model).__name__}. Load it first.")
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ValueError(f"`args` should be MetaTrainingArguments, got {type(args).__name__}.")
+    if isinstance(meta_dataset, Mapping | str):
+        raise ValueError(
+            f"`meta_dataset` should be a data set or a list of examples, got {type(meta_dataset).__name__}. Of a "
+            "dictionary of splits, choose one."
+        )
+    if per_example_loss is not None and not callable(per_example_loss):
+        raise ValueError(f"`per_example_loss` should be a function (outputs, labels) -> [N], got {per_example_loss!r}.")
 
 
 @contextmanager

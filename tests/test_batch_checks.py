@@ -8,11 +8,18 @@ import torch
 from torch import nn
 from torch.utils.data import default_collate
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
     BertForSequenceClassification,
     BertForTokenClassification,
+    PreTrainedModel,
     RobertaConfig,
     RobertaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from meta_trainer.batch_checks import BatchChecks, CheckedCollator
@@ -105,6 +112,88 @@ def test_positions_of_a_roberta_start_after_the_padding_index():
     assert BatchChecks(model, (), reads_labels=True).positions == 16 - 2
 
 
+def test_positions_may_not_lie_outside_their_table():
+    checks().check({"input_ids": TOKENS, "labels": CLASSES, "position_ids": torch.tensor([[0, 15]])})
+    with pytest.raises(ValueError, match="`position_ids` should lie between 0 and 15, got 16"):
+        checks().check({"input_ids": TOKENS, "labels": CLASSES, "position_ids": torch.tensor([[0, 16]])})
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_model_of_double_precision_takes_such_labels(number):
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=number)).double()
+    labels = torch.rand((2, number)[: min(number, 2)]).double()
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": TOKENS, "labels": labels})
+
+
+def test_each_choice_is_a_row_of_tokens():
+    model = BertForMultipleChoice(BertConfig(**SIZES))
+    both = BatchChecks(model, (), reads_labels=True)
+    both.check({"input_ids": TOKENS[:, None], "labels": CLASSES * 0})
+    with pytest.raises(ValueError, match=r"should be integers of shape \[B, C, T\], got torch.int64 of shape \[2, 6\]"):
+        both.check({"input_ids": TOKENS, "labels": CLASSES})
+
+
+def test_a_table_of_embeddings_may_grow():
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=3))
+    model.resize_token_embeddings(60)
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": TOKENS + 40, "labels": CLASSES})
+
+
+def test_a_new_head_counts_where_only_the_models_attribute_says_so():
+    model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=2))
+    model.classifier, model.num_labels = nn.Linear(8, 3), 3
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": TOKENS, "labels": CLASSES})
+
+
+class NoEmbeddings(PreTrainedModel):
+    config_class = BertConfig
+
+    def forward(self, input_ids, labels=None):
+        return input_ids
+
+
+def test_a_model_of_the_users_own_may_read_anything_as_tokens():
+    model = NoEmbeddings(BertConfig())
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": torch.rand(2, 4), "labels": torch.rand(2, 7)})
+
+
+def test_a_class_of_the_users_own_may_have_a_known_name():
+    own = type("BertForSequenceClassification", (BertForSequenceClassification,), {"__module__": "own"})
+    model = own(BertConfig(**SIZES))
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": TOKENS, "labels": torch.rand(2, 7)})
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (TOKENS + 40, "`labels` should lie between 0 and 49, or be -100, got 56"),
+        (-TOKENS, "`labels` should lie between 0 and 49, or be -100, got -16"),
+        (TOKENS[:, :4], r"`labels` should have the shape \[2, 6\] of the tokens, got torch.int64 of shape \[2, 4\]"),
+        (TOKENS / 2, "`labels` should be tokens of type int64, got torch.float32"),
+    ],
+)
+def test_labels_that_a_language_model_cannot_take_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        checks(BertForMaskedLM).check({"input_ids": TOKENS, "labels": labels})
+
+
+def test_labels_that_a_language_model_takes_are_let_through():
+    for labels in (TOKENS, torch.full_like(TOKENS, -100)):
+        checks(BertForMaskedLM).check({"input_ids": TOKENS, "labels": labels})
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, decoder_attention_heads=2, **sizes))
+    BatchChecks(model, (), reads_labels=True).check({"input_ids": TOKENS, "labels": TOKENS[:, :4]})
+
+
+def test_labels_of_images_are_checked():
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    model = ViTForImageClassification(ViTConfig(**sizes, num_labels=3))
+    both = BatchChecks(model, (), reads_labels=True)
+    both.check({"pixel_values": torch.rand(2, 3, 8, 8), "labels": CLASSES})
+    with pytest.raises(ValueError, match="`labels` should lie between 0 and 2, or be -100, got 3"):
+        both.check({"pixel_values": torch.rand(2, 3, 8, 8), "labels": CLASSES + 1})
+
+
 class Strict(nn.Module):
     def forward(self, features, scale=1.0, labels=None):
         return features
@@ -119,6 +208,10 @@ def test_columns_of_any_model_are_those_of_its_forward_pass():
         strict.check({"features": 1, "weight": 2})
 
 
+def test_columns_that_the_users_own_methods_may_take_out_are_let_through():
+    BatchChecks(Strict(), (), reads_labels=False, reads_all=False).check({"weight": 1})
+
+
 @pytest.mark.parametrize(
     "examples",
     [
@@ -131,6 +224,15 @@ def test_examples_that_make_no_batch_are_named_by_their_number_and_columns(examp
     message = re.escape("2 examples, the first with columns ['input_ids'], cannot be put together to a meta batch: ")
     with pytest.raises(ValueError, match=message):
         CheckedCollator(default_collate, "meta", None)(examples)
+
+
+def test_a_nested_batch_that_is_no_dictionary_is_refused_and_none_is_none():
+    def collator(nested):
+        return CheckedCollator(lambda examples: {"meta_batch": nested}, "train", None, "meta_batch", checks().check)
+
+    collator(None)([1])
+    with pytest.raises(ValueError, match="A meta batch should be a dictionary, got int"):
+        collator(3)([1])
 
 
 def test_a_collator_that_returns_no_dictionary_is_refused():

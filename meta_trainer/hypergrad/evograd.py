@@ -18,6 +18,8 @@ from meta_trainer.hypergrad.sharding import seed_of_shard
 DEFAULT_SIGMA = 1e-3
 """Standard deviation of blind noise: the paper's."""
 
+MOST_CANDIDATES = 10_000
+
 AUTO = "auto"
 """The temperature that is the standard deviation of the candidates' losses."""
 
@@ -201,6 +203,8 @@ def check_evograd_settings(
         )
     if num_candidates < 2:
         raise ValueError(f"`num_candidates` should be at least 2, got {num_candidates}.")
+    if num_candidates > MOST_CANDIDATES:
+        raise ValueError(f"`num_candidates` should be at most {MOST_CANDIDATES}, got {num_candidates}: each is a pass.")
     if isinstance(temperature, str):
         if temperature != AUTO:
             raise ValueError(f"`temperature` should be a positive, finite number or {AUTO!r}, got {temperature!r}.")

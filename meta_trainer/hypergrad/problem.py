@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from meta_trainer.hypergrad.checks import is_integer
 from meta_trainer.hypergrad.sharding import Sharding
 
 Loss = Callable[[], Tensor]
@@ -57,7 +59,8 @@ class BilevelProblem:
 
     Raises:
         ValueError: If `theta` or `meta_params` is empty, holds a tensor twice or shares one with the other, or holds
-            a tensor that is no floating-point leaf; or if candidates of sharded parameters are to be dealt out.
+            a tensor that is no floating-point leaf; if a loss cannot be called; if `turn` is none of n; or if
+            candidates of sharded parameters are to be dealt out.
     """
 
     theta: Sequence[Tensor]
@@ -85,14 +88,33 @@ class BilevelProblem:
                 "`theta` and `meta_params` should have no tensor in common, but they share at least one. "
                 "Keep the meta-parameters outside the base model."
             )
+        self._check_losses()
+        if not _is_turn(self.turn):
+            raise ValueError(f"`turn` should be whole numbers (i, n) with 0 <= i < n, got {self.turn!r}.")
+
         if self.sharding is not None and self.turn != (0, 1):
             raise ValueError(
                 "Replicas that hold shards of theta evaluate every candidate together, so `turn` should be (0, 1), got "
                 f"{self.turn}."
             )
 
+    def _check_losses(self) -> None:
+        if not callable(self.val_loss):
+            raise ValueError(f"`val_loss` should be a function () -> scalar, got {self.val_loss!r}.")
+        if not callable(self.train_loss) and not isinstance(self.train_loss, Iterable):
+            raise ValueError(f"`train_loss` should be a function () -> scalar or several, got {self.train_loss!r}.")
+        if isinstance(self.train_loss, Sized) and not callable(self.train_loss) and not len(self.train_loss):
+            raise ValueError("`train_loss` should be a function () -> scalar or several, got none.")
+
+
+def _is_turn(turn: Any) -> bool:
+    whole = isinstance(turn, tuple) and len(turn) == 2 and all(is_integer(part) for part in turn)
+    return whole and 0 <= turn[0] < turn[1]
+
 
 def _check_leaves(name: str, tensors: Sequence[Tensor]) -> None:
+    if isinstance(tensors, Tensor):
+        raise ValueError(f"`{name}` should be a list of tensors, got a tensor of shape {list(tensors.shape)}.")
     if not tensors:
         raise ValueError(f"`{name}` should hold at least one tensor, got none.")
     if len({id(t) for t in tensors}) != len(tensors):

@@ -19,11 +19,17 @@ class MetaModuleList(MetaModule):
             scalar.
 
     Raises:
-        ValueError: If there is no member, or more than one uses the loss door.
+        ValueError: If there is no member, one that is no meta module, or more than one that uses the loss door.
     """
 
     def __init__(self, members: Sequence[MetaModule]) -> None:
         super().__init__()
+        # A module of torch may be iterable, and a text is a sequence.
+        if not isinstance(members, Sequence) or not all(isinstance(member, MetaModule) for member in members):
+            raise ValueError(
+                "A meta module should be a MetaModule, or a list of them, got "
+                f"{[type(m).__name__ for m in members] if isinstance(members, list | tuple) else members!r}."
+            )
         if not members:
             raise ValueError("A MetaModuleList should have at least one member, got none.")
         reducers = [type(member).__name__ for member in members if member.has_loss_door]
@@ -109,4 +115,7 @@ class MetaModuleList(MetaModule):
         """Build every member from its own configuration."""
         if config.get("meta_module") != cls.__name__:
             return MetaModule.from_config(config)
-        return cls([MetaModule.from_config(member) for member in config["members"]])
+        members = config.get("members")
+        if not isinstance(members, list) or not all(isinstance(member, dict) for member in members):
+            raise ValueError(f"The configuration of a {cls.__name__} should list its `members`, got {members!r}.")
+        return cls([MetaModule.from_config(member) for member in members])

@@ -131,19 +131,22 @@ class MetaModule(
         """Build the module that a configuration names, among `MetaModule` and its subclasses that are imported.
 
         Raises:
-            ValueError: If the configuration names no known meta module.
+            ValueError: If the configuration names no known meta module, or other arguments than it takes.
         """
         arguments = dict(config)
         name = arguments.pop("meta_module", None)
         known = {kind.__name__: kind for kind in _all_subclasses(MetaModule)}
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise ValueError(
                 f"The configuration should name a meta module under `meta_module`, one of {sorted(known)}, "
                 f"got {name!r}. A module of your own has to be imported before it can be loaded."
             )
         if known[name].from_config.__func__ is not cls.from_config.__func__:  # type: ignore[attr-defined]
             return known[name].from_config(config)
-        return known[name](**arguments)
+        try:
+            return known[name](**arguments)
+        except TypeError as error:
+            raise ValueError(f"The configuration of a {name} does not fit it: {error}.") from error
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write ``config.json`` and ``model.safetensors``; arguments as in `huggingface_hub.ModelHubMixin`."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meta_trainer.modules.checks import check_size
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, Batch, MetaModule
 
 LOSS_INPUTS = ("shared", "unperturbed", "candidate")
@@ -30,7 +31,7 @@ class MetaWeightNet(MetaModule):
             official EvoGrad code does.
 
     Raises:
-        ValueError: If `loss_input` is none of the three.
+        ValueError: If `loss_input` is none of the three, or `hidden_size` no positive, whole number.
 
     References:
         Shu et al., `Meta-Weight-Net: Learning an Explicit Mapping For Sample Weighting
@@ -39,6 +40,7 @@ class MetaWeightNet(MetaModule):
 
     def __init__(self, hidden_size: int = 100, loss_input: str = "shared") -> None:
         super().__init__()
+        check_size("hidden_size", hidden_size)
         if loss_input not in LOSS_INPUTS:
             raise ValueError(f"`loss_input` should be one of {', '.join(LOSS_INPUTS)}, got {loss_input!r}.")
         self.reference_losses = None if loss_input == "candidate" else loss_input

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from meta_trainer.hypergrad.checks import is_integer
+from meta_trainer.modules.checks import check_size
 from meta_trainer.modules.meta_module import REFERENCES, Batch, MetaModule
 
 SOURCE_COLUMN = "is_source"
@@ -37,7 +39,8 @@ class RepresentationTransform(MetaModule):
             the model has to learn to live with; or ``"identity"``, where they start out unchanged.
 
     Raises:
-        ValueError: If `layers` is empty or holds a layer twice, or the initialization is unknown.
+        ValueError: If `layers` is empty or holds a layer twice, a size is no positive, whole number, or the
+            initialization is unknown.
 
     References:
         Xia et al., `MetaXL: Meta Representation Transformation for Low-resource Cross-lingual Learning
@@ -56,6 +59,11 @@ class RepresentationTransform(MetaModule):
         super().__init__()
         if initialization not in INITIALIZATIONS:
             raise ValueError(f"`initialization` should be one of {', '.join(INITIALIZATIONS)}, got {initialization!r}.")
+        check_size("hidden_size", hidden_size)
+        check_size("bottleneck_size", bottleneck_size)
+        known = isinstance(layers, Sequence) and all(isinstance(layer, str) or is_integer(layer) for layer in layers)
+        if not known or isinstance(layers, str):
+            raise ValueError(f"`layers` should be a list of names and whole numbers, got {layers!r}.")
         if not layers or len(set(layers)) != len(layers):
             raise ValueError(f"`layers` should name at least one layer, each once, got {list(layers)}.")
         self.layers = list(layers)
@@ -70,7 +78,11 @@ class RepresentationTransform(MetaModule):
                 f"RepresentationTransform expects a boolean column `{SOURCE_COLUMN}` of shape [B] in every "
                 f"training batch, got the columns {sorted(batch)}. Let the data collator add it."
             )
-        is_source = batch[SOURCE_COLUMN].bool()[:, None, None]  # [B, 1, 1]
+        is_source = batch[SOURCE_COLUMN]
+        if not isinstance(is_source, Tensor) or is_source.dim() != 1:
+            found = f"shape {list(is_source.shape)}" if isinstance(is_source, Tensor) else repr(is_source)
+            raise ValueError(f"`{SOURCE_COLUMN}` should be a tensor of booleans of shape [B], got {found}.")
+        is_source = is_source.bool()[:, None, None]  # [B, 1, 1]
         alphas = torch.softmax(self.layer_logits, dim=0)  # [L]
         references = batch.get(REFERENCES, {})
         with ExitStack() as stack:
@@ -143,7 +155,12 @@ def _residual_hook(
 ) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
-        weight = next(network.parameters())
+        weight = next(network.parameters())  # [bottleneck, H]
+        if hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"`hidden_size` of a RepresentationTransform should be {hidden.shape[-1]}, the size of the states that "
+                f"{type(module).__name__} gives, got {weight.shape[1]}."
+            )
         read = references.setdefault(network, hidden.detach())
         residual = network(read.to(weight.dtype), alpha)
         transformed = torch.where(is_source, hidden + residual.to(hidden.dtype), hidden)

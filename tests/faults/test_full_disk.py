@@ -10,7 +10,7 @@ import torch
 import transformers.modeling_utils
 from safetensors.torch import save_model
 from tiny import meta_trainer, same, snapshot, tiny_bert, weight_net
-from transformers import TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from meta_trainer import MetaTrainer, checkpoint
 from meta_trainer.checkpoint import defect, newest_complete

@@ -231,3 +231,43 @@ def test_states_of_another_meta_module_are_refused(folder, tmp_path):
             trainer_in(folder).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="does not fit this HiddenShift"):
         trainer_in(folder, HiddenShift()).train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_meta_steps", -1, "num_meta_steps should be a whole number, got -1"),
+        ("num_meta_steps", None, "num_meta_steps should be a whole number, got None"),
+        ("meta_batches_read", "7", "meta_batches_read should be a whole number, got '7'"),
+        ("scheduler", None, "cannot be resumed from"),
+    ],
+)
+def test_a_meta_state_with_other_values_than_a_run_writes_is_refused(folder, name, value, message):
+    file = folder / "checkpoint-2/meta_state.pt"
+    torch.save({**torch.load(file, weights_only=True), name: value}, file)
+    (folder / "checkpoint-2" / MANIFEST_NAME).unlink()
+    with pytest.raises(ValueError, match=message):
+        trainer_in(folder).train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+
+
+def test_an_empty_state_of_trainer_is_none(folder):
+    (folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    assert defect(folder / "checkpoint-2") == "trainer_state.json is not one that a run writes"
+
+
+@pytest.mark.parametrize("settings", [{"meta_optim": "sgd"}, {"optim": "sgd"}, {"meta_optim": "adafactor"}])
+def test_states_of_another_kind_of_optimizer_are_refused(folder, settings):
+    with pytest.raises(ValueError, match="checkpoint-3 was saved with another optimizer: that state has no "):
+        trainer_in(folder, **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("checkpoint", [5, ["checkpoint-1"], b"checkpoint-1"])
+def test_a_checkpoint_is_named_by_a_path(folder, checkpoint):
+    with pytest.raises(ValueError, match="`resume_from_checkpoint` should be a folder, True or False, got "):
+        trainer_in(folder).train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("settings", [{"meta_optim": "schedule_free_adamw"}, {"optim": "adagrad"}])
+def test_states_of_the_same_kind_of_optimizer_are_taken(tmp_path, settings):
+    trainer_in(tmp_path, **settings).train()
+    trainer_in(tmp_path, max_steps=4, **settings).train(resume_from_checkpoint=True)

@@ -180,3 +180,25 @@ def test_what_goes_together_is_taken(settings):
     fine = BilevelProblem([theta], [meta], lambda: (meta * theta.sin()).sum(), lambda: theta.exp().sum())
 
     assert evograd(fine, **settings).grads[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_loss": 5}, r"`train_loss` should be a function \(\) -> scalar or several, got 5"),
+        ({"train_loss": []}, r"`train_loss` should be a function \(\) -> scalar or several, got none"),
+        ({"val_loss": None}, r"`val_loss` should be a function \(\) -> scalar, got None"),
+        ({"theta": torch.ones(3)}, r"`theta` should be a list of tensors, got a tensor of shape \[3\]"),
+        ({"turn": (3, 2)}, r"`turn` should be whole numbers \(i, n\) with 0 <= i < n, got \(3, 2\)"),
+        ({"turn": None}, r"`turn` should be whole numbers .* got None"),
+    ],
+)
+def test_a_problem_of_parts_of_the_wrong_kind_is_refused(change, message):
+    parts = {name: getattr(problem(), name) for name in ("theta", "meta_params", "train_loss", "val_loss")}
+    with pytest.raises(ValueError, match=message):
+        BilevelProblem(**{**parts, **change})
+
+
+def test_more_candidates_than_anyone_evaluates_are_refused():
+    with pytest.raises(ValueError, match="`num_candidates` should be at most 10000, got 1000000000"):
+        check_evograd_settings(10**9, 1e-3, 0.05, "sign", Layout())

@@ -139,6 +139,17 @@ def test_a_list_without_members_is_refused():
         MetaModuleList([])
 
 
+@pytest.mark.parametrize("members", [None, 3, "ab", MetaWeightNet, MetaWeightNet(), torch.nn.Linear(1, 1)])
+def test_what_is_no_list_of_meta_modules_is_refused(members):
+    with pytest.raises(ValueError, match="should be a MetaModule, or a list of them, got "):
+        MetaModuleList(members)
+
+
+def test_a_list_with_a_member_that_is_no_meta_module_is_refused():
+    with pytest.raises(ValueError, match=r"or a list of them, got \['MetaWeightNet', 'Linear'\]"):
+        MetaModuleList([MetaWeightNet(), torch.nn.Linear(1, 1)])
+
+
 def test_a_list_with_two_loss_doors_is_refused():
     with pytest.raises(ValueError, match=r"At most one member.*got 2: \['MetaWeightNet', 'SumLosses'\]"):
         MetaModuleList([MetaWeightNet(), AddToBatch(), SumLosses()])
@@ -280,6 +291,22 @@ def test_weights_of_another_module_are_refused(tmp_path):
 def test_a_configuration_of_an_unknown_class_is_refused(name):
     with pytest.raises(ValueError, match=rf"one of \[.*'MetaWeightNet'.*\], got {name!r}.*has to be imported"):
         MetaModule.from_config({"meta_module": name})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"meta_module": ["MetaWeightNet"]}, "should name a meta module under `meta_module`"),
+        ({"meta_module": "MetaWeightNet", "depth": 3}, "of a MetaWeightNet does not fit it: .*'depth'"),
+        ({"meta_module": "MetaModule", "hidden_size": 3}, "of a MetaModule does not fit it"),
+        ({"meta_module": "RepresentationTransform"}, "does not fit it: .* missing .*'hidden_size'"),
+        ({"meta_module": "MetaModuleList"}, "should list its `members`, got None"),
+        ({"meta_module": "MetaModuleList", "members": ["MetaWeightNet"]}, "should list its `members`, got "),
+    ],
+)
+def test_a_configuration_that_does_not_fit_its_class_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        MetaModule.from_config(config)
 
 
 def test_a_list_that_holds_an_unknown_class_is_refused():

@@ -96,6 +96,12 @@ def test_losses_that_are_not_one_per_example_are_refused(shape):
         MetaWeightNet()(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("size", [0, -3, "8", 1.5, True, None])
+def test_its_size_should_be_a_positive_whole_number(size):
+    with pytest.raises(ValueError, match=f"`hidden_size` should be a positive, whole number, got {size!r}"):
+        MetaWeightNet(size)
+
+
 def test_an_unknown_loss_input_is_refused():
     with pytest.raises(ValueError, match="one of shared, unperturbed, candidate, got 'own'"):
         MetaWeightNet(loss_input="own")

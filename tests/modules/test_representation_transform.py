@@ -271,6 +271,34 @@ def test_layers_should_be_named_once_each(layers):
         RepresentationTransform(HIDDEN, layers=layers)
 
 
+@pytest.mark.parametrize("layers", [3, None, "layer", [None], [1.5], [True]])
+def test_layers_should_be_names_and_numbers(layers):
+    with pytest.raises(ValueError, match="`layers` should be a list of names and whole numbers, got "):
+        RepresentationTransform(HIDDEN, layers=layers)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "bottleneck_size"])
+@pytest.mark.parametrize("size", [0, -3, "8", 1.5, True, None])
+def test_sizes_should_be_positive_whole_numbers(name, size):
+    with pytest.raises(ValueError, match=f"`{name}` should be a positive, whole number, got {size!r}"):
+        RepresentationTransform(**{"hidden_size": HIDDEN, name: size})
+
+
+@pytest.mark.parametrize("is_source", [[True], torch.ones(1, 2), torch.tensor(1)])
+def test_the_column_that_tells_source_from_target_has_one_value_per_example(is_source):
+    attached = RepresentationTransform(HIDDEN).attach(MODELS["bert"][0](), {"is_source": is_source})
+    with pytest.raises(ValueError, match=r"`is_source` should be a tensor of booleans of shape \[B\], got "):
+        attached.__enter__()
+
+
+def test_states_of_another_size_than_the_networks_are_refused():
+    model = MODELS["bert"][0]()
+    batch = {"is_source": torch.ones(2)}
+    message = f"`hidden_size` of a RepresentationTransform should be {HIDDEN}, .* BertLayer gives, got {HIDDEN + 1}"
+    with RepresentationTransform(HIDDEN + 1).attach(model, batch), pytest.raises(ValueError, match=message):
+        model(input_ids=torch.ones(2, 3).long())
+
+
 @pytest.mark.parametrize("layer", [0, 4, -4])
 def test_a_number_outside_the_model_is_refused(layer):
     with pytest.raises(ValueError, match=f"counts the model's 3 blocks from 1, or from -1 at the end, got {layer}"):

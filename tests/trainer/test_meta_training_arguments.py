@@ -244,5 +244,25 @@ def test_guided_noise_is_guarded_by_default_and_nothing_else_is(tmp_path):
 
 
 def test_a_meta_learning_rate_that_no_optimizer_could_use_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"`meta_learning_rate` should be at most 1e\+30, got 3e\+38"):
+    with pytest.raises(ValueError, match=r"`meta_learning_rate` should be at most 3e\+37, got 3e\+38"):
         arguments(tmp_path, meta_learning_rate=3e38)
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy", "warmup_stable_decay", "cosine_with_min_lr"])
+def test_a_meta_schedule_that_needs_more_than_the_step_is_refused(tmp_path, schedule):
+    with pytest.raises(ValueError, match=f"a schedule of the step alone, got '{schedule}', which needs"):
+        MetaTrainingArguments(str(tmp_path), meta_lr_scheduler_type=schedule)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("label_smoothing_factor", value) for value in (-0.1, 2, NAN, "0.1")],
+        *[("gradient_accumulation_steps", value) for value in (0, -1, 1.5)],
+        *[("data_seed", value) for value in (-1, 1.5, "1")],
+        *[("learning_rate", value) for value in (-1, NAN, "x", None)],
+    ],
+)
+def test_settings_of_trainer_that_a_meta_step_computes_with_are_checked(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` should be .*, got {value!r}"):
+        MetaTrainingArguments(str(tmp_path), **{name: value})
