@@ -35,17 +35,20 @@ class BatchChecks:
     text.
 
     Args:
-        model: The base model.
+        model: The base model; None where it is to be looked at later.
         hidden: Columns that the model does not get.
         reads_labels: Whether the loss is the model's own.
         reads_all: Whether the model gets all other columns; otherwise it is not known which.
     """
 
-    def __init__(self, model: nn.Module, hidden: Sequence[str], reads_labels: bool, reads_all: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module | None, hidden: Sequence[str], reads_labels: bool, reads_all: bool = True
+    ) -> None:
         self.hidden, self.reads_all = frozenset(hidden), reads_all
         self._asked_for_labels = reads_labels
         self._float_labels: bool | None = None
-        self.look_at(model)
+        if model is not None:
+            self.look_at(model)
 
     def look_at(self, model: nn.Module) -> None:
         """Take note of what the model can take, which may have changed: tables of embeddings grow."""

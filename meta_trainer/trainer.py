@@ -607,6 +607,7 @@ class MetaTrainer(Trainer):
         if self.meta_module is not None:
             self.meta_module.load_state_dict(self._initial_meta_module)
             self._start_meta_training()
+            self._batch_checks.look_at(model)
         return model
 
     def _hp_search_setup(self, trial: Any) -> None:

@@ -129,7 +129,7 @@ def test_the_meta_optimizer_has_the_settings_of_its_trial(tmp_path, search):
         ({"meta_learning_rate": -1.0}, "`meta_learning_rate` should be zero or a positive number, got -1.0"),
         ({"sigma": 0.0}, "`sigma` should be a positive, finite number"),
         ({"hypergradient": "evolution"}, "`hypergradient` should be one of evograd, t1t2, finite_difference"),
-        ({"meta_every": 0}, "`meta_every` should be a positive number, got 0"),
+        ({"meta_every": 0}, "`meta_every` should be a positive, whole number, got 0"),
         ({"optim": "adafactor", "hypergradient": "t1t2", "inner_step": "optimizer"}, "step of Adafactor is not known"),
     ],
 )
