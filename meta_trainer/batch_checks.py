@@ -174,7 +174,7 @@ class BatchChecks:
     def _check_float_labels(self, labels: Tensor, rows: int) -> None:
         number = self._num_labels
         shapes = [[rows, number]] if number > 1 else [[rows], [rows, 1]]
-        right = labels.is_floating_point() and (labels.dtype != torch.float64 or self.is_double)
+        right = labels.is_floating_point() and (labels.dtype != torch.float64 or self.is_double or number == 1)
         if not right or list(labels.shape) not in shapes or not rows:
             raise ValueError(
                 f"`labels` should be floats of single precision and shape {shapes[0]}, for a model with {number} "

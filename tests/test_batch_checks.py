@@ -48,7 +48,7 @@ def test_labels_that_a_text_classifier_takes_are_let_through(labels):
     checks().check({"input_ids": TOKENS, "labels": labels, "is_source": torch.ones(2)})
 
 
-@pytest.mark.parametrize("labels", [torch.rand(2), torch.rand(2, 1)])
+@pytest.mark.parametrize("labels", [torch.rand(2), torch.rand(2, 1), torch.rand(2).double()])
 def test_labels_of_a_regression_are_let_through(labels):
     checks(num_labels=1).check({"input_ids": TOKENS, "labels": labels})
 
