@@ -246,11 +246,9 @@ class MetaTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`label_smoothing_factor` should be a number from 0 to 1, got {self.label_smoothing_factor!r}."
             )
-        if not is_integer(self.gradient_accumulation_steps) or self.gradient_accumulation_steps < 1:
-            raise ValueError(
-                "`gradient_accumulation_steps` should be a positive, whole number, got "
-                f"{self.gradient_accumulation_steps!r}."
-            )
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size"):
+            if not is_integer(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` should be a positive, whole number, got {getattr(self, name)!r}.")
 
     @property
     def follows_optimizer(self) -> bool:

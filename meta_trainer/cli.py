@@ -1,6 +1,7 @@
 """The command line: ``meta-trainer train --config RECIPE [--key value ...]`` and ``meta-trainer list``."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ from rich.table import Table
 from meta_trainer.version import __version__
 
 EXIT_WRONG_INPUT = 2
+
+logger = logging.getLogger(__name__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +63,10 @@ def _train(config: str | None, overrides: list[str]) -> int:
             file=sys.stderr,
         )
         return EXIT_TERMINATED
+    except (ValueError, OSError, NotImplementedError) as error:
+        logger.debug("The error was raised here:", exc_info=True)
+        print(f"meta-trainer: error: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
     return 0
 
 

@@ -190,6 +190,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
+    if isinstance(task, TextClassificationArguments) and "representation_transform" in module.meta_module:
+        raise ValueError(
+            "meta_module='representation_transform' transforms the rows of a source language, which task='ner' has and "
+            "task='text_classification' has not. Choose 'meta_weight_net'."
+        )
     trains_on_meta = isinstance(task, TextClassificationArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
@@ -223,7 +224,8 @@ class MetaTrainer(ResumableTrainer):
                 # As the base step does: schedule-free optimizers train other parameters than they evaluate.
                 set_training_mode(self.optimizer, True)
                 set_training_mode(self.meta_optimizer, True)
-                self.meta_step(model, inputs)
+                with nullcontext() if self._num_meta_steps else _first_of_a_run():
+                    self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
             if self.meta_module.has_loss_door:
                 self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
@@ -506,6 +508,21 @@ def _check_kinds(model: Any, args: Any, meta_dataset: Any, per_example_loss: Any
         )
     if per_example_loss is not None and not callable(per_example_loss):
         raise ValueError(f"`per_example_loss` should be a function (outputs, labels) -> [N], got {per_example_loss!r}.")
+
+
+@contextmanager
+def _first_of_a_run() -> Iterator[None]:
+    """A batch that a model of the user's own cannot take is found out by its first forward pass."""
+    try:
+        yield
+    except (IndexError, TypeError, RuntimeError) as error:
+        # What is out of memory may be tried again with a smaller batch; subclasses have a meaning of their own.
+        if type(error) not in (IndexError, TypeError, RuntimeError) or should_reduce_batch_size(error):
+            raise
+        raise ValueError(
+            f"The first meta step failed with {type(error).__name__}: {error}. If that is about data, check that the "
+            "model takes the train and the meta batches: columns, shapes and types, the range of labels and indices."
+        ) from error
 
 
 @contextmanager

@@ -166,3 +166,10 @@ def test_the_metaxl_recipe_has_the_papers_settings():
     assert (task.max_source_examples, task.max_target_examples) == (5000, 100)
     assert (training.num_candidates, training.sigma, training.temperature) == (2, 1e-3, 0.05)
     assert (training.perturb, recipe.module.layers, recipe.module.rtn_bottleneck_size) == (["head"], [12], 384)
+
+
+def test_a_transform_of_source_rows_needs_a_task_that_has_them():
+    settings = ["--task", "text_classification", "--train_file", "a.json", "--output_dir", "out"]
+    settings += ["--meta_module", "representation_transform"]
+    with pytest.raises(ValueError, match="which task='ner' has and task='text_classification' has not"):
+        read_recipe(None, settings)

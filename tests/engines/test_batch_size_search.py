@@ -92,5 +92,5 @@ def test_an_error_that_is_not_about_memory_ends_the_run(tmp_path, monkeypatch):
         raise RuntimeError("something else")
 
     monkeypatch.setattr(trainer, "_estimate", broken)
-    with pytest.raises(RuntimeError, match="something else"):
+    with pytest.raises(ValueError, match="The first meta step failed with RuntimeError: something else"):
         trainer.train()

@@ -259,6 +259,7 @@ def test_a_meta_schedule_that_needs_more_than_the_step_is_refused(tmp_path, sche
     [
         *[("label_smoothing_factor", value) for value in (-0.1, 2, NAN, "0.1")],
         *[("gradient_accumulation_steps", value) for value in (0, -1, 1.5)],
+        *[("per_device_train_batch_size", value) for value in (0, -1, 2.5)],
         *[("data_seed", value) for value in (-1, 1.5, "1")],
         *[("learning_rate", value) for value in (-1, NAN, "x", None)],
     ],

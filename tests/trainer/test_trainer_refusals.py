@@ -184,3 +184,25 @@ def test_embeddings_that_grow_after_the_trainer_was_made_are_known(tmp_path):
     trainer.train_dataset = [{"input_ids": row["input_ids"] + 9, "labels": row["labels"]} for row in sentences(8, 1)]
     trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"features": torch.ones(4), "labels": 7}] * 8, "Target 7 is out of bounds"),
+        ([{"features": torch.ones(3), "labels": 1}] * 8, "shapes cannot be multiplied"),
+        ([{"features": torch.ones(4).long(), "labels": 1}] * 8, "dtype"),
+    ],
+)
+@pytest.mark.parametrize("of", ["train_dataset", "meta_dataset"])
+def test_batches_that_a_model_of_the_users_own_cannot_take_end_in_one_error(tmp_path, rows, words, of):
+    trainer = meta_trainer(tmp_path, model=PointClassifier(), keywords={of: rows})
+    with pytest.raises(ValueError, match=rf"(?s)The first meta step failed with \w+: .*{words}.*check that the"):
+        trainer.train()
+
+
+def test_running_out_of_memory_in_the_first_meta_step_keeps_its_kind(tmp_path):
+    trainer = meta_trainer(tmp_path)
+    trainer.compute_loss = lambda *args, **kwargs: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        trainer.train()
