@@ -168,8 +168,10 @@ def test_the_metaxl_recipe_has_the_papers_settings():
     assert (training.perturb, recipe.module.layers, recipe.module.rtn_bottleneck_size) == (["head"], [12], 384)
 
 
-def test_a_transform_of_source_rows_needs_a_task_that_has_them():
-    settings = ["--task", "text_classification", "--train_file", "a.json", "--output_dir", "out"]
+def test_a_transform_of_source_rows_needs_a_task_that_has_them(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a", "label": "b"}\n')
+    settings = ["--task", "text_classification", "--train_file", str(file), "--output_dir", str(tmp_path)]
     settings += ["--meta_module", "representation_transform"]
     with pytest.raises(ValueError, match="which task='ner' has and task='text_classification' has not"):
         read_recipe(None, settings)
