@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,11 +76,19 @@ def apply_hypergradient(
 
 def all_finite(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> bool:
     """Whether parameters and the state of their optimizer hold no NaN and no infinity."""
-    finite: dict[torch.device, list[Tensor]] = {}
-    for tensor in (*parameters, *_floating(list(optimizer.state.values()))):
-        finite.setdefault(tensor.device, []).append(torch.isfinite(tensor).all())
+    tensors = [*parameters, *_floating(list(optimizer.state.values()))]
+    # One number that is not finite makes the sum such a number; a sum may also overflow by itself.
+    return _all_true(torch.isfinite(t.detach().sum()) for t in tensors) or _all_true(
+        torch.isfinite(t).all() for t in tensors
+    )
+
+
+def _all_true(flags: Iterable[Tensor]) -> bool:
     # Adam counts its steps on the CPU; each other device is waited for once.
-    return all(bool(torch.stack(parts).all()) for parts in finite.values())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for flag in flags:
+        by_device.setdefault(flag.device, []).append(flag)
+    return all(bool(torch.stack(parts).all()) for parts in by_device.values())
 
 
 class StepBack:
