@@ -52,6 +52,11 @@ class ObjectiveTrainer(Trainer):
             self._begin(Window(batches, num_items))
         return batches, num_items
 
+    def _num_items(self, batch: Batch) -> Any:
+        """Labels in a batch of each process, as Trainer counts those of an optimizer step."""
+        _, num_items = super().get_batch_samples(iter([batch]), 1, self.args.device)
+        return num_items
+
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -128,7 +133,11 @@ class ObjectiveTrainer(Trainer):
 
     def _normalized(self, loss: Tensor) -> Tensor:
         """A micro-batch's share in the objective of the optimizer step; the last one completes the gradient."""
-        self._step_sum.add([loss, self._normalizers.pop()], [])
+        normalizer = self._normalizers.pop()
+        if not hasattr(Trainer, "loss_is_scaled_for_ga") and not self._is_scaled_by_rule(self._window.num_items):
+            # Older releases do not heed it, and have divided the loss.
+            normalizer = normalizer / len(self._window.batches)
+        self._step_sum.add([loss, normalizer], [])
         if not self.accelerator.sync_gradients:
             return loss
         numerator, denominator = self._step_sum.values
@@ -143,6 +152,9 @@ class ObjectiveTrainer(Trainer):
         declared: bool | None = getattr(self, "loss_is_scaled_for_ga", None)
         if declared is not None:
             return declared
+        return self._is_scaled_by_rule(num_items)
+
+    def _is_scaled_by_rule(self, num_items: Any) -> bool:
         return (self.model_accepts_loss_kwargs and num_items is not None) or self.compute_loss_func is not None
 
     def _mean_over_replicas(self, tensor: Tensor) -> Tensor:

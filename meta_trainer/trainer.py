@@ -322,10 +322,8 @@ class MetaTrainer(ResumableTrainer):
         meta_batch: Batch,
         engine: ShardingEngine | None,
     ) -> BilevelProblem:
-        num_items = None
-        if self.args.world_size > 1:
-            # Replicas may have differing numbers of tokens; in their mean, each counts as Trainer has it count.
-            _, num_items = super().get_batch_samples(iter([meta_batch]), 1, self.args.device)
+        # Replicas may have differing numbers of tokens; in their mean, each counts as Trainer has it count.
+        num_items = None if self.args.world_size == 1 else self._num_items(meta_batch)
 
         def val_loss() -> Tensor:
             with self.compute_loss_context_manager():

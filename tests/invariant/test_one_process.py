@@ -158,3 +158,26 @@ def test_a_subclass_may_change_the_batches_of_an_accumulated_step(tmp_path, modu
     assert trainer._num_meta_steps == 3
     del found["meta_loss"]
     assert_same_run(found, expected, **EXACT)
+
+
+def test_counting_the_labels_of_a_meta_batch_begins_no_optimizer_step(tmp_path):
+    trainer = new_run(tmp_path, decoder=True)
+    window = trainer._window
+    batch = {"input_ids": torch.ones(2, 4).long(), "labels": torch.tensor([[1, 2, -100, 3], [-100, -100, 4, 5]])}
+    # The first label of each row has no prediction.
+    assert trainer._num_items(batch) == 4
+    assert trainer._window is window
+
+
+@pytest.mark.parametrize("mean_over_batch", [False, True])
+def test_a_release_of_trainer_that_divides_the_loss_by_a_rule_of_its_own(tmp_path, monkeypatch, mean_over_batch):
+    """As those before `loss_is_scaled_for_ga`: it looks at the model and at the number of items only."""
+    settings = {"module": "weight_net", "max_steps": 2, "mean_over_batch": mean_over_batch, **ACCUMULATED}
+    _, _, expected = trained(tmp_path / "new", **settings)
+
+    class Old(MetaTrainer):
+        loss_is_scaled_for_ga = property(lambda self: None, lambda self, value: None)
+
+    monkeypatch.delattr(Trainer, "loss_is_scaled_for_ga")
+    _, _, found = trained(tmp_path / "old", kind=Old, **settings)
+    assert_same_run(found, expected, **ROUNDING)
