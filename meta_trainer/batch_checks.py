@@ -115,7 +115,11 @@ class BatchChecks:
         _check_range(column, values, size)
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
-        if "input_ids" not in self.sizes or "inputs_embeds" in batch:
+        if "input_ids" not in self.sizes:
+            return
+        if "inputs_embeds" in batch:
+            if "input_ids" in batch:
+                raise ValueError("it should have a column `input_ids` or `inputs_embeds`, got both")
             return
         if "input_ids" not in batch:
             raise ValueError(f"it should have a column `input_ids`, got the columns {sorted(batch)}")

@@ -246,3 +246,9 @@ def test_the_meta_batch_inside_a_train_batch_is_checked_as_one():
     collator = CheckedCollator(lambda examples: collate(), "train", None, "meta_batch", checks().check)
     with pytest.raises(ValueError, match=r"BertForSequenceClassification cannot take a meta batch: .* got 3"):
         collator([1])
+
+
+def test_tokens_and_their_embeddings_at_once_are_refused():
+    with pytest.raises(ValueError, match="should have a column `input_ids` or `inputs_embeds`, got both"):
+        checks().check({"input_ids": TOKENS, "inputs_embeds": torch.zeros(2, 6, 8), "labels": CLASSES})
+    checks().check({"inputs_embeds": torch.zeros(2, 6, 8), "labels": CLASSES})
