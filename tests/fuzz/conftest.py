@@ -2,11 +2,9 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))  # tiny models and trainers
@@ -14,14 +12,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))  # tiny models an
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.register_profile("longer", derandomize=False, deadline=None, database=None, print_blob=True)
 settings.load_profile("longer" if "META_TRAINER_FUZZ" in os.environ else "repeatable")
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
