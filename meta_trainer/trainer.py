@@ -216,6 +216,8 @@ class MetaTrainer(ResumableTrainer):
         if self.meta_module is None:
             return super().training_step(model, inputs, num_items_in_batch)
         self._take(inputs, num_items_in_batch)
+        if self.meta_module.has_loss_door:
+            self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
         base_inputs = {key: value for key, value in inputs.items() if key != META_BATCH}
         try:
             if self._meta_step_is_due():
@@ -227,8 +229,6 @@ class MetaTrainer(ResumableTrainer):
                 with nullcontext() if self._num_meta_steps else _first_of_a_run():
                     self.meta_step(model, inputs)
                 self._last_meta_step_at = self.state.global_step
-            if self.meta_module.has_loss_door:
-                self.loss_is_scaled_for_ga = self._sums_quotients or num_items_in_batch is not None
             # DeepSpeed has used the gradients by the time that its backward pass returns.
             self._divides_loss = self.is_deepspeed_enabled
             with self._shared_forward.base_step(), self._open_doors({}), frozen(self.meta_parameters):
