@@ -5,6 +5,7 @@ import torch
 from fake_hub import META_FILES, files
 from peft import LoraConfig, get_peft_model
 from tiny import (
+    BEST_BY_SCORE,
     HiddenShift,
     Recorder,
     batch_of,
@@ -115,13 +116,7 @@ def test_the_best_adapter_comes_with_its_meta_module(tmp_path):
         tmp_path,
         model=adapted(),
         keywords={"eval_dataset": sentences(4, 4), "compute_metrics": lambda predictions: {"score": next(scores)}},
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
+        **BEST_BY_SCORE,
     )
     trainer.train()
     best = MetaWeightNet.from_pretrained(tmp_path / "checkpoint-2/meta_module")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from schedulefree import AdamWScheduleFree
-from tiny import Recorder, losses_only, meta_trainer, same, sentences, snapshot, tiny_bert, weight_net
+from tiny import BEST_BY_SCORE, Recorder, losses_only, meta_trainer, same, sentences, snapshot, tiny_bert, weight_net
 from torch import nn
 
 from meta_trainer import MetaWeightNet
@@ -133,13 +133,7 @@ def test_the_best_meta_module_is_loaded_as_it_was_saved(tmp_path):
     trainer = meta_trainer(
         tmp_path,
         keywords={"eval_dataset": sentences(4, 4), "compute_metrics": lambda predictions: {"score": next(scores)}},
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
+        **BEST_BY_SCORE,
         **META,
     )
     trainer.train()

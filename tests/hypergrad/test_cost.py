@@ -204,12 +204,17 @@ def on_replicas(evaluate):
 
         results[rank] = evaluate(rank, mean)
 
+    run_on_two_threads(replica)
+    return results
+
+
+def run_on_two_threads(replica):
+    """Calls ``replica(rank)`` for both ranks at once."""
     threads = [threading.Thread(target=replica, args=[rank]) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return results
 
 
 def assert_same_result(found, expected):

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from problem_zoo import ZOO, Case
-from test_cost import split, two_part_case
+from test_cost import run_on_two_threads, split, two_part_case
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -106,11 +106,7 @@ def on_shards(cases, estimator, **settings):
         assert sharding._stale
         assert all(p.requires_grad and p.grad is None for p in (*case.theta, *case.meta_params))
 
-    threads = [threading.Thread(target=replica, args=[rank]) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_on_two_threads(replica)
     return results
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import (
+    BEST_BY_SCORE,
     NUM_TRAIN,
     HiddenShift,
     arguments,
@@ -189,13 +190,7 @@ def test_the_best_model_comes_with_its_meta_module(tmp_path):
             "eval_dataset": sentences(4, 4),
             "compute_metrics": lambda predictions: {"score": next(scores)},
         },
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="score",
-        greater_is_better=True,
+        **BEST_BY_SCORE,
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")

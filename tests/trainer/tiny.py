@@ -16,6 +16,17 @@ from meta_trainer import MetaModule, MetaTrainer, MetaTrainingArguments, MetaWei
 
 NUM_TRAIN, NUM_META = 24, 7
 
+BEST_BY_SCORE = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+}
+"""Settings of a run that ends with the model of the best score, among those after each step."""
+
 
 def sentences(number: int, seed: int) -> list[dict[str, Any]]:
     """Random token ids with random labels."""
