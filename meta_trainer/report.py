@@ -34,6 +34,8 @@ REPORTED_PACKAGES = (
 # Okabe and Ito, Color Universal Design, 2008: told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MISSING = "–"
+SUMMARY = "meta_module/"
+"""Prefix under which a run logs `MetaModule.summary`."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def write_results(results: Sequence[MethodResult], path: Path, **extra: Any) -> 
 
 
 def draw_results(results: Sequence[MethodResult], metric: str, path: Path) -> None:
-    """Draw the losses and the metric during training and the final metric of each method, as a PNG.
+    """Draw losses, metric and meta-parameters during training and the final metric of each method, as a PNG.
 
     A panel without anything to show is left out.
 
@@ -121,6 +123,8 @@ def draw_results(results: Sequence[MethodResult], metric: str, path: Path) -> No
         panels.append(lambda axes: _draw_losses(axes, results))
     if any(_curve(result, f"eval_{metric}")[0] for result in results):
         panels.append(lambda axes: _draw_metric(axes, results, metric))
+    if any(_summaries(result) for result in results):
+        panels.append(lambda axes: _draw_summaries(axes, results))
     panels.append(lambda axes: _draw_bars(axes, results, metric))
 
     figure = Figure(figsize=(4.6 * len(panels), 3.8), layout=ConstrainedLayoutEngine(w_pad=0.1))
@@ -198,6 +202,21 @@ def _draw_metric(axes: Axes, results: Sequence[MethodResult], metric: str) -> No
         xlabel="optimizer step",
         ylabel=f"validation {_label(metric)}",
     )
+    axes.legend(frameon=False, fontsize="small")
+
+
+def _summaries(result: MethodResult) -> list[str]:
+    """Keys of what the meta module said of its parameters, in the order of their first log."""
+    return list(dict.fromkeys(key for row in result.history for key in row if key.startswith(SUMMARY)))
+
+
+def _draw_summaries(axes: Axes, results: Sequence[MethodResult]) -> None:
+    curves = [(result, key) for result in results for key in _summaries(result)]
+    for i, (result, key) in enumerate(curves):
+        steps, values = _curve(result, key)
+        name = _label(key.removeprefix(SUMMARY))
+        axes.plot(steps, values, color=_colour(i), label=f"{result.name}, {name}", **_marker(steps))
+    axes.set(title="Learned meta-parameters", xlabel="optimizer step", ylabel="value")
     axes.legend(frameon=False, fontsize="small")
 
 

@@ -483,13 +483,14 @@ class MetaTrainer(ResumableTrainer):
                 broadcast(tensor.data)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in Trainer; the training loss comes with the means of the meta steps since the last log."""
+        """As in Trainer; the training loss comes with the meta steps since the last log and the meta module."""
         if self.meta_module is not None and "loss" in logs:
             means = self._meta_metrics.take()
             self._diagnostics.check(means)
             logs.update(means)
             if means:
                 logs["meta/skipped_in_all"] = self._skipped.in_all
+            logs.update({f"meta_module/{name}": value.item() for name, value in self.meta_module.summary().items()})
         super().log(logs, *args, **kwargs)
 
 

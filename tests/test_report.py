@@ -162,3 +162,14 @@ def test_more_methods_than_colours_can_be_drawn(tmp_path, figures):
     methods = [result(f"method {i}", history=[]) for i in range(len(COLOURS) + 1)]
     draw_results(methods, "f1", tmp_path / "results.png")
     assert len(figures[0].axes[-1].patches) == len(methods)
+
+
+def test_the_picture_shows_the_meta_parameters_that_were_logged(tmp_path, figures):
+    history = [{"step": step, "meta_module/angle_degrees": 10.0 * step} for step in (1, 2)]
+
+    draw_results([result(), result("EvoGrad", history=history)], "f1", tmp_path / "results.png")
+
+    (axes,) = [axes for axes in figures[0].axes if axes.get_title() == "Learned meta-parameters"]
+    (line,) = axes.lines
+    assert line.get_label() == "EvoGrad, Angle degrees"
+    assert line.get_ydata().tolist() == [10.0, 20.0]

@@ -101,6 +101,10 @@ class MetaModuleList(MetaModule):
         """That of the member that uses the loss door."""
         return next((member.normalizer(losses, batch) for member in self if member.has_loss_door), None)
 
+    def summary(self) -> dict[str, Tensor]:
+        """What all members have to say; of two equal names the later member's."""
+        return {name: value for member in self for name, value in member.summary().items()}
+
     def check_model(self, model: nn.Module) -> None:
         """Ask every member."""
         for member in self:

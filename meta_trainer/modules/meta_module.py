@@ -97,6 +97,13 @@ class MetaModule(
         """
         return None
 
+    def summary(self) -> dict[str, Tensor]:
+        """What is worth watching of the parameters while they are learned: scalars by name, such as an angle.
+
+        They are logged as ``meta_module/<name>``, and drawn. Empty for a module that no few numbers describe.
+        """
+        return {}
+
     @property
     def has_forward_door(self) -> bool:
         """Whether this module takes part in the model's forward pass."""

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
-from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_utils import BaseImageProcessor
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class Task:
 
     Attributes:
         model_init: Gives the same fresh model at each call.
-        processing_class: The tokenizer, saved beside the model.
+        processing_class: The tokenizer or image processor, saved beside the model, or None.
         train_dataset: Rows of the training stream; the collator may add rows to each batch.
         meta_dataset: The trusted set, or None when the collator draws the meta batches itself.
         eval_dataset: Rows scored during training, or None.
@@ -28,7 +29,7 @@ class Task:
     """
 
     model_init: Callable[[], PreTrainedModel]
-    processing_class: PreTrainedTokenizerBase
+    processing_class: PreTrainedTokenizerBase | BaseImageProcessor | ProcessorMixin | None
     train_dataset: Dataset
     meta_dataset: Dataset | None
     eval_dataset: Dataset | None

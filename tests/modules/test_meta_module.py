@@ -379,3 +379,12 @@ def test_a_repository_is_downloaded_file_by_file(monkeypatch, tmp_path):
         ("someone/meta-module", "model.safetensors", "v1", False, True),
     ]
     assert_same_parameters(loaded, MetaWeightNet.from_pretrained(tmp_path))
+
+
+def test_a_module_has_nothing_to_say_and_a_list_says_what_all_members_say():
+    class Angle(MetaModule):
+        def summary(self):
+            return {"angle": torch.tensor(30.0)}
+
+    assert MetaWeightNet(4).summary() == {}
+    assert MetaModuleList([MetaWeightNet(4), Angle()]).summary() == {"angle": torch.tensor(30.0)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import PointClassifier, meta_trainer, points
 
-from meta_trainer import MetaTrainer
+from meta_trainer import MetaTrainer, MetaWeightNet
 from meta_trainer.meta_metrics import MetaMetrics
 
 NAMES = {
@@ -104,3 +104,16 @@ def test_the_objective_is_not_compared_with_that_of_a_micro_batch(tmp_path):
     )
     trainer.train()
     assert not any("meta/objective_change" in log for log in trainer.state.log_history)
+
+
+def test_what_the_meta_module_says_of_its_parameters_is_logged_with_the_training_loss(tmp_path):
+    class Talkative(MetaWeightNet):
+        def summary(self):
+            return {"first_bias": self.network[0].bias[0]}
+
+    trainer = meta_trainer(tmp_path, model=PointClassifier(), meta_module=Talkative(4), max_steps=2, logging_steps=1)
+    trainer.train()
+
+    *rows, last = (row for row in trainer.state.log_history if "loss" in row)
+    assert len({row["meta_module/first_bias"] for row in [*rows, last]}) == 2
+    assert last["meta_module/first_bias"] == trainer.meta_module.network[0].bias[0].item()
