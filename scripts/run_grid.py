@@ -1,57 +1,79 @@
-"""Run a grid of recipes x targets x seeds, resume where it stopped, and write its table from the runs' JSON.
+"""Run a grid of recipes x targets x seeds, resume where it stopped, and write its tables from the runs' JSON.
 
     python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --jobs 2       # runs what has no result yet
-    python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --table-only   # rewrites the table
+    python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --table-only   # rewrites the tables
 
 A grid file names the recipes, the settings that all runs share, the targets with their settings, and the seeds; $NAME
 in it stands for an environment variable. A run whose settings already have a result is left alone, so that the command
-can be stopped and started again at any time.
+can be stopped and started again at any time. What the runs reached is kept in `recipes/results/<title>.json`, which the
+tables are made from.
 """
 
 import argparse
 import json
 import os
-import statistics
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from grid_tables import Presentation, Run, markdown_tables, overview, write_between_marks
 from tqdm import tqdm
 
 from meta_trainer.cli import main as meta_trainer
 from meta_trainer.recipe import find_recipe
 
-README = Path(__file__).parent.parent / "recipes" / "README.md"
+RECIPES = Path(__file__).parent.parent / "recipes"
+OVERVIEW = "overview"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid."""
+    """One run of the grid; `overrides` are the settings that differ from the recipe's, variables as they are written."""
 
     method: str
     target: str
     seed: int
+    recipe: str
     folder: Path
-    settings: dict[str, Any]
+    overrides: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of the recipe and what the cell changes, with the values of environment variables."""
+        changes = yaml.safe_load(os.path.expandvars(yaml.safe_dump(self.overrides)))
+        base = yaml.safe_load(find_recipe(self.recipe).read_text())
+        return {**base, **changes, "output_dir": str(self.folder)}
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """What the run reached, if it has ended with these settings."""
+        """What the run reached and where, if it has ended with these settings."""
         file, recipe = self.folder / "results.json", self.folder / "cell.yaml"
         if not file.is_file() or not recipe.is_file() or yaml.safe_load(recipe.read_text()) != self.settings:
             return None
-        result: dict[str, Any] = json.loads(file.read_text())["results"][-1]
-        return result
+        report = json.loads(file.read_text())
+        return {**report["results"][-1], "environment": report["environment"]}
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A grid file: see `recipes/ner/grids/`."""
+    """A grid file: see `recipes/*/grids/`.
+
+    Attributes:
+        title: Name of its results, and of its marks in the Markdown file.
+        output_dir: Where the runs' folders go.
+        recipes: The methods, by the name that tables give them.
+        settings: What all runs change in their recipe.
+        targets: Names and settings of what every method is run on.
+        seeds: Each gives one run of every method on every target.
+        only: Methods that are run on some targets only.
+        methods: What a method changes in its recipe, where several share one.
+        presentation: Fields of `grid_tables.Presentation`.
+    """
 
     title: str
     output_dir: str
@@ -59,8 +81,9 @@ class Grid:
     settings: dict[str, Any]
     targets: dict[str, dict[str, Any]]
     seeds: list[int]
-    only: dict[str, list[str]]
-    metric: str = "f1"
+    only: dict[str, list[str]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    presentation: dict[str, Any] = field(default_factory=dict)
 
     def cells(self) -> Iterator[Cell]:
         """Every run, seed by seed, so that a grid that is stopped early has whole rows."""
@@ -69,10 +92,19 @@ class Grid:
                 for method, recipe in self.recipes.items():
                     if target not in self.only.get(method, self.targets):
                         continue
-                    folder = Path(self.output_dir) / target / method.replace(" ", "_") / f"seed_{seed}"
-                    base = yaml.safe_load(find_recipe(recipe).read_text())
-                    fixed = {"seed": seed, "output_dir": str(folder)}
-                    yield Cell(method, target, seed, folder, {**base, **self.settings, **target_settings, **fixed})
+                    folder = Path(self.output_dir) / _name(target) / _name(method) / f"seed_{seed}"
+                    own = self.methods.get(method, {})
+                    overrides = {**self.settings, **target_settings, **own, "seed": seed}
+                    yield Cell(method, target, seed, recipe, folder, overrides)
+
+
+def _name(text: str) -> str:
+    return text.replace(" ", "_").replace("/", "_")
+
+
+def load_grid(file: Path) -> Grid:
+    """Read a grid file."""
+    return Grid(**yaml.safe_load(file.read_text(encoding="utf-8")))
 
 
 def run_cell(cell: Cell) -> int:
@@ -90,8 +122,13 @@ def run_missing(cells: Sequence[Cell], jobs: int) -> None:
     """Run every cell without a result, `jobs` at a time, the cores shared out among them."""
     missing = [cell for cell in cells if cell.result is None]
     threads = max(1, (os.cpu_count() or 1) // jobs)
+    # A process of its own for each run: nothing that one leaves behind, memory included, meets the next.
     pool = ProcessPoolExecutor(
-        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(threads,)
+        jobs,
+        mp_context=get_context("spawn"),
+        initializer=torch.set_num_threads,
+        initargs=(threads,),
+        max_tasks_per_child=1,
     )
     with pool:
         futures = {pool.submit(run_cell, cell): cell for cell in missing}
@@ -101,73 +138,18 @@ def run_missing(cells: Sequence[Cell], jobs: int) -> None:
                 raise RuntimeError(f"{cell.method} on {cell.target}, seed {cell.seed} failed: {cell.folder}/log.txt")
 
 
-def markdown_table(grid: Grid, cells: Sequence[Cell]) -> str:
-    """F1 as mean and standard deviation over seeds, per method and target, and what a step costs.
-
-    Costs are medians over the targets that every method runs on, so that rows can be compared.
-    """
-    results = [(cell, result) for cell in cells if (result := cell.result) is not None]
-    targets = list(grid.targets)
-    common = [target for target in targets if all(target in only for only in grid.only.values())]
-    lines = [f"| method | {' | '.join(targets)} | mean | ms per step | peak MiB |", "|---" * (len(targets) + 4) + "|"]
-    for method in grid.recipes:
-        own = [(cell.target, result) for cell, result in results if cell.method == method]
-        scores = {t: [100 * r["metrics"][grid.metric] for target, r in own if target == t] for t in targets}
-        means = [statistics.mean(values) for values in scores.values() if values]
-        mean = f"{statistics.mean(means):.2f}" if len(means) == len(targets) else ""
-        costs = [_median([r[key] for target, r in own if target in common]) for key in ("step_ms", "peak_memory_mib")]
-        lines.append(f"| {' | '.join([method, *(_mean_and_deviation(scores[t]) for t in targets), mean, *costs])} |")
-    return "\n".join([*lines, "", *_paired_differences(grid, results), *_averages_over_common_targets(grid, results)])
-
-
-def _paired_differences(grid: Grid, results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
-    """Every method against the first one, on the same targets and seeds."""
-    scores = {(c.method, c.target, c.seed): 100 * r["metrics"][grid.metric] for c, r in results}
-    baseline, *methods = grid.recipes
-    lines = []
-    for method in methods:
-        pairs = [(f1, scores.get((baseline, t, seed))) for (name, t, seed), f1 in scores.items() if name == method]
-        differences = [f1 - reference for f1, reference in pairs if reference is not None]
-        if len(differences) > 1:
-            error = statistics.stdev(differences) / len(differences) ** 0.5
-            lines.append(
-                f"{method} − {baseline}: {statistics.mean(differences):+.2f} ± {error:.2f} "
-                f"(standard error over {len(differences)} pairs of target and seed).  "
-            )
-    return lines
-
-
-def _averages_over_common_targets(grid: Grid, results: Sequence[tuple[Cell, dict[str, Any]]]) -> list[str]:
-    """For methods that ran on some targets only: all methods, averaged over those."""
-    lines = []
-    for partial, targets in grid.only.items():
-        means = []
-        for method in grid.recipes:
-            values = [100 * r["metrics"][grid.metric] for c, r in results if c.method == method and c.target in targets]
-            means.append(f"{method} {statistics.mean(values):.2f}" if values else f"{method} –")
-        lines.append(f"Average over the targets of {partial} ({', '.join(targets)}): {', '.join(means)}.")
-    return lines
-
-
-def _median(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.0f}" if values else ""
-
-
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
-
-
-def write_table(grid: Grid, table: str, file: Path) -> None:
-    """Put the table between the grid's two marks in a Markdown file."""
-    begin, end = f"<!-- begin: {grid.title} -->", f"<!-- end: {grid.title} -->"
-    text = file.read_text(encoding="utf-8")
-    if begin not in text or end not in text:
-        raise ValueError(f"{file} should hold the lines {begin!r} and {end!r}, where the table goes.")
-    before, after = text.split(begin)[0], text.split(end)[1]
-    file.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+def collect(cells: Sequence[Cell]) -> list[Run]:
+    """What every run that has ended reached, without its history."""
+    runs = []
+    for cell in cells:
+        result = cell.result
+        if result is None:
+            continue
+        last = {key: value for row in result["history"] for key, value in row.items() if key.startswith("meta_module/")}
+        kept = {key: result[key] for key in ("step_ms", "peak_memory_mib", "steps", "seconds", "environment")}
+        scores = {**result["metrics"], **last}
+        runs.append(Run(cell.method, cell.target, cell.seed, cell.recipe, cell.overrides, scores, **kept))
+    return runs
 
 
 def main() -> None:
@@ -175,16 +157,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="grid file")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--table-only", action="store_true", help="run nothing, write the table of what there is")
-    parser.add_argument("--readme", type=Path, default=README, help="Markdown file that holds the table's marks")
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the tables of what there is")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of README.md, which has the marks")
     options = parser.parse_args()
-    grid = Grid(**yaml.safe_load(os.path.expandvars(options.grid.read_text(encoding="utf-8"))))
+    grid = load_grid(options.grid)
     cells = list(grid.cells())
     if not options.table_only:
         run_missing(cells, options.jobs)
-    table = markdown_table(grid, cells)
-    print(table)
-    write_table(grid, table, options.readme)
+    file = options.recipes / "results" / f"{grid.title}.json"
+    runs = collect(cells)
+    # A checkout has the results, but not the folders of the runs.
+    if runs:
+        file.parent.mkdir(exist_ok=True)
+        content = {"grid": str(options.grid), "runs": [vars(run) for run in runs]}
+        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    runs = [Run(**run) for run in json.loads(file.read_text())["runs"]]
+    tables = markdown_tables(runs, list(grid.recipes), list(grid.targets), Presentation(**grid.presentation))
+    print(tables)
+    write_between_marks(options.recipes / "README.md", grid.title, tables)
+    write_between_marks(options.recipes / "README.md", OVERVIEW, _overview(options.recipes))
+
+
+def _overview(recipes: Path) -> str:
+    """One row of every grid that says which row of a paper it stands for."""
+    contents = [json.loads(file.read_text()) for file in sorted((recipes / "results").glob("*.json"))]
+    entries = []
+    for content in contents:
+        grid = load_grid(recipes.parent / content["grid"])
+        entries.append((Presentation(**grid.presentation), list(grid.recipes), [Run(**r) for r in content["runs"]]))
+    return overview(entries)
 
 
 if __name__ == "__main__":

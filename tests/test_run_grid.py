@@ -1,7 +1,9 @@
-"""The grid script: which runs are missing, and the table it makes of those that are there."""
+"""The grid script: which runs are missing, what is kept of those that are there, and the tables made of it."""
 
-import importlib.util
+import importlib
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,31 +11,70 @@ import yaml
 
 from meta_trainer.recipe import read_recipe, recipes_folder
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "run_grid.py"
-SPEC = importlib.util.spec_from_file_location("run_grid", SCRIPT)
-run_grid = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(run_grid)
-GRIDS = sorted((recipes_folder() / "ner" / "grids").glob("*.yaml"))
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+GRIDS = sorted(recipes_folder().glob("*/grids/*.yaml"))
+LOCAL_FILES = (
+    "train_file",
+    "validation_file",
+    "test_file",
+    "source_train_file",
+    "target_train_file",
+    "target_test_file",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_path():
+    sys.path.insert(0, str(SCRIPTS))
+    yield
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture(scope="module")
+def run_grid(scripts_on_path):
+    return importlib.import_module("run_grid")
+
+
+@pytest.fixture(scope="module")
+def grid_tables(scripts_on_path):
+    return importlib.import_module("grid_tables")
 
 
 @pytest.fixture
-def grid(tmp_path):
+def grid(run_grid, tmp_path):
     return run_grid.Grid(
         title="test",
         output_dir=str(tmp_path / "runs"),
         recipes={"joint": "ner/joint_training.yaml", "exact": "ner/metaxl_t1t2.yaml"},
-        settings={"max_steps": 2},
+        settings={"max_steps": 2, "model_name_or_path": "$ENCODER"},
         targets={"qu": {"max_length": 32}, "gn": {"max_length": 16}},
         seeds=[1, 2],
         only={"exact": ["gn"]},
+        methods={"exact": {"meta_every": 2}},
     )
 
 
 def finish(cell, f1):
     cell.folder.mkdir(parents=True)
     (cell.folder / "cell.yaml").write_text(yaml.safe_dump(cell.settings))
-    result = {"metrics": {"f1": f1}, "step_ms": 10.0, "peak_memory_mib": 5.0}
-    (cell.folder / "results.json").write_text(json.dumps({"results": [result]}))
+    history = [{"step": 1, "meta_module/angle": 10.0}, {"step": 2, "meta_module/angle": 29.0}]
+    result = {
+        "metrics": {"f1": f1}, "step_ms": 10.0, "peak_memory_mib": 5.0, "steps": 2, "seconds": 1.0, "history": history
+    }  # fmt: skip
+    (cell.folder / "results.json").write_text(json.dumps({"environment": {"device": "CPU"}, "results": [result]}))
+
+
+@pytest.fixture
+def runs(run_grid, grid):
+    cells = list(grid.cells())
+    for cell, f1 in zip(cells, [0.5, 0.3, 0.4, 0.7, 0.3, 0.6], strict=True):
+        finish(cell, f1)
+    return run_grid.collect(cells)
+
+
+def tables(grid_tables, grid, runs, **presentation):
+    shown = grid_tables.Presentation(metric="f1", **presentation)
+    return grid_tables.markdown_tables(runs, list(grid.recipes), list(grid.targets), shown)
 
 
 def test_a_grid_has_one_cell_for_each_method_target_and_seed_that_it_names(grid):
@@ -43,10 +84,14 @@ def test_a_grid_has_one_cell_for_each_method_target_and_seed_that_it_names(grid)
     assert len({cell.folder for cell in grid.cells()}) == len(cells)
 
 
-def test_settings_of_the_target_win_over_those_of_the_grid_and_of_the_recipe(grid):
-    settings = next(iter(grid.cells())).settings
-    assert (settings["max_length"], settings["max_steps"], settings["seed"]) == (32, 2, 1)
-    assert settings["learning_rate"] == 3e-5
+def test_settings_of_method_and_target_win_over_those_of_the_grid_and_of_the_recipe(grid, monkeypatch):
+    monkeypatch.setenv("ENCODER", "some/folder")
+    joint, _, exact, *_ = (cell.settings for cell in grid.cells())
+    assert (joint["max_length"], joint["max_steps"], joint["seed"]) == (32, 2, 1)
+    assert joint["learning_rate"] == 3e-5
+    assert exact["meta_every"] == 2
+    assert "meta_every" not in joint
+    assert joint["model_name_or_path"] == "some/folder"
 
 
 def test_a_run_counts_as_done_only_with_its_present_settings(grid):
@@ -54,37 +99,74 @@ def test_a_run_counts_as_done_only_with_its_present_settings(grid):
     assert cell.result is None
     finish(cell, 0.5)
     assert cell.result["metrics"]["f1"] == 0.5
-    changed = run_grid.Cell(cell.method, cell.target, cell.seed, cell.folder, {**cell.settings, "max_steps": 3})
-    assert changed.result is None
+    assert replace(cell, overrides={**cell.overrides, "max_steps": 3}).result is None
 
 
-def test_the_table_has_means_deviations_and_averages_over_common_targets(grid):
-    cells = list(grid.cells())
-    for cell, f1 in zip(cells, [0.5, 0.3, 0.4, 0.7, 0.3, 0.6], strict=True):
-        finish(cell, f1)
-    table = run_grid.markdown_table(grid, cells)
-    assert "| joint | 60.0 ± 14.1 | 30.0 ± 0.0 | 45.00 | 10 | 5 |" in table
-    assert "| exact |  | 50.0 ± 14.1 |  | 10 | 5 |" in table
+def test_what_is_kept_of_a_run_has_its_scores_its_settings_and_the_last_meta_parameters(runs):
+    assert len(runs) == 6
+    assert runs[0].scores == {"f1": 0.5, "meta_module/angle": 29.0}
+    assert runs[0].overrides == {"max_steps": 2, "model_name_or_path": "$ENCODER", "max_length": 32, "seed": 1}
+    assert runs[0].environment == {"device": "CPU"}
+
+
+def test_the_table_has_means_deviations_and_differences_between_pairs(grid_tables, grid, runs):
+    table = tables(grid_tables, grid, runs, columns={"angle": "meta_module/angle"})
+    assert "| method | qu | gn | mean | angle | ms per step | peak MiB |" in table
+    assert "| joint | 60.0 ± 14.1 | 30.0 ± 0.0 | 45.00 | 29.00 ± 0.00 | 10 | 5 |" in table
+    assert "| exact |  | 50.0 ± 14.1 |  | 29.00 ± 0.00 | 10 | 5 |" in table
     assert "exact − joint: +20.00 ± 10.00 (standard error over 2 pairs of target and seed)." in table
-    assert "Average over the targets of exact (gn): joint 30.00, exact 50.00." in table
 
 
-def test_the_table_goes_between_its_marks_and_nowhere_else(grid, tmp_path):
+def test_each_group_of_targets_has_a_table_of_its_own(grid_tables, grid, runs):
+    table = tables(grid_tables, grid, runs, groups={"low": ["gn"], "high": ["qu"]})
+    low, high = table.split("**high**")
+    assert "| joint | 30.0 ± 0.0 | 10 | 5 |" in low
+    assert "| joint | 60.0 ± 14.1 | 10 | 5 |" in high
+
+
+def test_the_command_of_a_row_runs_its_first_cell(grid_tables, grid, runs):
+    commands = tables(grid_tables, grid, runs)
+    assert (
+        "# exact\nmeta-trainer train --config ner/metaxl_t1t2.yaml --max_steps 2 --model_name_or_path $ENCODER "
+        "--max_length 16 --meta_every 2 --seed 1\n"
+    ) in commands
+
+
+def test_the_arguments_of_a_command_mean_what_the_settings_mean(grid_tables, runs):
+    changes = {"data": None, "perturb": ["a b", "c"], "use_cpu": True}
+    line = grid_tables.command(replace(runs[0], overrides=changes))
+    assert line.endswith("--data none --perturb 'a b' c --use_cpu true")
+
+
+def test_the_overview_has_a_row_for_every_grid_that_stands_for_a_row_of_a_paper(grid_tables, runs):
+    paper = {"row": "Table 3", "module": "InputRotation", "numbers": "98.11 ± 0.32"}
+    shown = grid_tables.Presentation(metric="f1", paper=paper)
+    of_its_own = grid_tables.Presentation(metric="f1")
+    *_, row = grid_tables.overview([(shown, ["joint", "exact"], runs), (of_its_own, ["joint"], runs)]).split("\n")
+    assert row == "| Table 3 | `InputRotation` | [`ner`](ner) | joint 45.0 | 98.11 ± 0.32 |"
+
+
+def test_a_text_goes_between_its_marks_and_nowhere_else(grid_tables, tmp_path):
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- begin: test -->\nold\n<!-- end: test -->\nafter\n")
-    run_grid.write_table(grid, "new", file)
+    grid_tables.write_between_marks(file, "test", "new")
     assert file.read_text() == "before\n<!-- begin: test -->\nnew\n<!-- end: test -->\nafter\n"
     with pytest.raises(ValueError, match="should hold the lines"):
-        run_grid.write_table(run_grid.Grid(**{**vars(grid), "title": "other"}), "new", file)
+        grid_tables.write_between_marks(file, "other", "new")
 
 
-@pytest.mark.parametrize("file", GRIDS, ids=lambda file: file.stem)
-def test_every_cell_of_the_grids_is_a_valid_recipe_but_for_the_data(file, tmp_path):
-    grid = run_grid.Grid(**yaml.safe_load(file.read_text()))
-    data = {"source_train_file": None, "target_train_file": None, "target_test_file": None}
+@pytest.mark.parametrize("file", GRIDS, ids=lambda file: f"{file.parent.parent.name}/{file.stem}")
+def test_every_cell_of_the_grids_is_a_valid_recipe_but_for_the_data(run_grid, grid_tables, file, tmp_path, monkeypatch):
+    grid = run_grid.load_grid(file)
+    shown = grid_tables.Presentation(**grid.presentation)
+    assert {target for targets in shown.groups.values() for target in targets} <= set(grid.targets)
+    assert set(shown.baselines) | set(grid.only) | set(grid.methods) <= set(grid.recipes)
     for cell in grid.cells():
         recipe = tmp_path / "cell.yaml"
-        recipe.write_text(
-            yaml.safe_dump({**cell.settings, **data, "source_data": "generated", "target_data": "generated"})
-        )
+        recipe.write_text(yaml.safe_dump(with_generated_data(cell.settings)))
         assert read_recipe(str(recipe), []).training.seed == cell.seed
+
+
+def with_generated_data(settings):
+    data = {"source_data": "generated", "target_data": "generated", "data": "generated"}
+    return {key: data.get(key, value) for key, value in settings.items() if key not in LOCAL_FILES}
