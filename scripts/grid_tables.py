@@ -132,17 +132,8 @@ def _commands(runs: Sequence[Run], methods: Sequence[str]) -> str:
     """What each row was run with, for its first target and seed."""
     first = {run.method: run for run in reversed(runs)}
     lines = [f"# {method}\n{command(first[method])}" for method in methods if method in first]
-    return "\n".join(
-        [
-            "<details><summary>commands (first column, first seed)</summary>",
-            "",
-            "```bash",
-            *lines,
-            "```",
-            "",
-            "</details>",
-        ]
-    )
+    summary = "<details><summary>commands (first column, first seed)</summary>"
+    return "\n".join([summary, "", "```bash", *lines, "```", "", "</details>"])
 
 
 def command(run: Run) -> str:

@@ -33,7 +33,7 @@ OVERVIEW = "overview"
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid; `overrides` are the settings that differ from the recipe's, variables as they are written."""
+    """One run of the grid; `overrides` are the settings that it changes in its recipe, variables as written."""
 
     method: str
     target: str

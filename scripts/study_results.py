@@ -16,12 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from run_grid import Cell, run_missing
 
-from meta_trainer.recipe import find_recipe
 from meta_trainer.report import COLOURS, environment
 
 RATES = (1e-3, 1e-2, 1e-4, 1e-6, 1e-5)
@@ -110,7 +108,6 @@ def cells(folder: Path) -> Iterator[Cell]:
 
 
 def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: int) -> Cell:
-    base = yaml.safe_load(find_recipe(RECIPES[recipe]).read_text())
     has_trec = (Path(os.environ.get("META_TRAINER_DATA", "")) / TREC["train_file"]).is_file()
     task = {**QUESTIONS, **(TREC if has_trec else GENERATED)} if recipe == "Meta-Weight-Net" else SENTENCES
     method = (
@@ -118,8 +115,7 @@ def _cell(folder: Path, recipe: str, estimator: str, rate: float | None, seed: i
     )
     name = f"{estimator}_{rate:.0e}" if rate is not None else estimator
     path = folder / recipe / name.replace(" ", "_").replace(",", "") / f"seed_{seed}"
-    settings = {**base, **task, **method, "seed": seed, "output_dir": str(path)}
-    return Cell(estimator, f"{recipe}|{rate}", seed, path, settings)
+    return Cell(estimator, f"{recipe}|{rate}", seed, RECIPES[recipe], path, {**task, **method, "seed": seed})
 
 
 Scores = dict[str, dict[str, dict[str, dict[int, float]]]]

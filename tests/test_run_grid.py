@@ -13,14 +13,8 @@ from meta_trainer.recipe import read_recipe, recipes_folder
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 GRIDS = sorted(recipes_folder().glob("*/grids/*.yaml"))
-LOCAL_FILES = (
-    "train_file",
-    "validation_file",
-    "test_file",
-    "source_train_file",
-    "target_train_file",
-    "target_test_file",
-)
+KINDS = ("train", "validation", "test", "source_train", "target_train", "target_validation", "target_test")
+LOCAL_FILES = {f"{kind}_file" for kind in KINDS}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,7 +26,7 @@ def end(cell, score):
     (cell.folder / "cell.yaml").write_text(yaml.safe_dump(cell.settings))
     metric = study_results.METRICS[cell.target.split("|")[0]]
     result = {"metrics": {metric: score}, "history": []}
-    (cell.folder / "results.json").write_text(json.dumps({"results": [result]}))
+    (cell.folder / "results.json").write_text(json.dumps({"environment": {}, "results": [result]}))
 
 
 def test_every_estimator_runs_at_every_rate_and_seed_in_a_folder_of_its_own(runs):
