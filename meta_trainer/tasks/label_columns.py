@@ -42,7 +42,7 @@ def used_rows(dataset: Dataset, name: str, columns: Iterable[str | None], exclud
         ValueError: If a column is missing, or no row is left.
     """
     check_columns(dataset, name, (*columns, exclude_column))
-    excluded = dataset[exclude_column] if exclude_column else [False] * len(dataset)
+    excluded = dataset[exclude_column][:] if exclude_column else [False] * len(dataset)
     rows = [i for i, left_out in enumerate(excluded) if not left_out]
     if not rows:
         raise ValueError(f"{name} holds no row to use.")
@@ -94,7 +94,7 @@ def class_names(sets: Iterable[Labels]) -> list[str]:
 
 
 def _labels(dataset: Dataset, name: str, column: str, rows: list[int], classes: list[str]) -> list[str]:
-    values = list(dataset[column])
+    values = dataset[column][:]
     return [_label_text(values[i], classes, f"{name}, row {i + 1}, column {column!r}") for i in rows]
 
 

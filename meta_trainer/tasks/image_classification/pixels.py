@@ -4,11 +4,12 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from PIL.Image import Image, Resampling
+from PIL.Image import Resampling
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor
@@ -16,8 +17,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from meta_trainer.modules.input_rotation import rotate
 from meta_trainer.tasks.image_classification.images import PIXELS, decode
 
-ReadPixels = Callable[[list[Image]], Tensor]
-"""From images to normalised pixels ``[B, C, H, W]``."""
+ReadPixels = Callable[[list[dict[str, Any]]], Tensor]
+"""From stored images to normalised pixels ``[B, C, H, W]``."""
+
+KEPT_SIZE, NUM_KEPT = 32, 100_000
+"""Images of at most this size are decoded once and kept: up to 400 MB of colour images."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +40,24 @@ class ResizedPixels:
     mean: Sequence[float]
     std: Sequence[float]
 
-    def __call__(self, images: list[Image]) -> Tensor:
+    def __call__(self, stored: list[dict[str, Any]]) -> Tensor:
         """Pixels ``[B, C, H, H]``."""
-        mode, size = "L" if self.num_channels == 1 else "RGB", (self.image_size, self.image_size)
-        arrays = []
-        for image in images:
-            image = image if image.mode == mode else image.convert(mode)
-            image = image if image.size == size else image.resize(size, Resampling.BILINEAR)
-            arrays.append(np.asarray(image).reshape(*size, self.num_channels))
+        read = _kept if self.image_size <= KEPT_SIZE else _resized
+        arrays = [read(image["bytes"], image["path"], self.image_size, self.num_channels) for image in stored]
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255  # [B, C, H, H]
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return ((pixels - mean) / std).contiguous()
+
+
+def _resized(content: bytes | None, path: str | None, size: int, num_channels: int) -> np.ndarray:
+    """An image as bytes ``[H, H, C]``."""
+    image, mode = decode({"bytes": content, "path": path}), "L" if num_channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    image = image if image.size == (size, size) else image.resize((size, size), Resampling.BILINEAR)
+    return np.asarray(image).reshape(size, size, num_channels)
+
+
+_kept = lru_cache(maxsize=NUM_KEPT)(_resized)
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,10 @@ class ProcessedPixels:
 
     processor: BaseImageProcessor
 
-    def __call__(self, images: list[Image]) -> Tensor:
+    def __call__(self, stored: list[dict[str, Any]]) -> Tensor:
         """Pixels ``[B, C, H, W]``."""
-        pixels: Tensor = self.processor([image.convert("RGB") for image in images], return_tensors="pt")[PIXELS]
+        images = [decode(image).convert("RGB") for image in stored]
+        pixels: Tensor = self.processor(images, return_tensors="pt")[PIXELS]
         return pixels
 
 
@@ -70,7 +82,7 @@ class ImageTransform:
     """What a set's images go through when they are read.
 
     Attributes:
-        read: Makes pixels of images.
+        read: Makes pixels of stored images.
         degrees: Angle by which they are turned, counter-clockwise.
         crop_padding: Most pixels by which they are shifted at random; 0 for none.
         flip: Whether every other one is turned left to right.
@@ -85,7 +97,7 @@ class ImageTransform:
         """The rows with tensors ``[C, H, W]`` for their images."""
         if PIXELS not in rows:
             return rows
-        pixels = self.read([decode(stored) for stored in rows[PIXELS]])
+        pixels = self.read(rows[PIXELS])
         if self.degrees:
             pixels = rotate(pixels, torch.tensor(math.radians(self.degrees)))
         if self.crop_padding or self.flip:
