@@ -38,7 +38,7 @@ class ImageClassificationArguments(LabelledDataArguments):
     random_flip: bool = field(
         default=False, metadata={"help": "Every other training image, at random, is turned left to right."}
     )
-    image_model: Literal["lenet", "resnet32"] = field(
+    image_model: Literal["lenet", "resnet8", "resnet20", "resnet32"] = field(
         default="lenet",
         metadata={"help": "Model that is trained from scratch where model_name_or_path names no pretrained one."},
     )

@@ -1,5 +1,6 @@
 """Image classification as a task."""
 
+from collections.abc import Callable
 from functools import partial
 
 from datasets import Dataset, concatenate_datasets
@@ -18,7 +19,10 @@ from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
 
-CONFIGS: dict[str, type[ImageClassifierConfig]] = {"lenet": LeNetConfig, "resnet32": CifarResNetConfig}
+CONFIGS: dict[str, Callable[..., ImageClassifierConfig]] = {
+    "lenet": LeNetConfig,
+    **{f"resnet{6 * n + 2}": partial(CifarResNetConfig, blocks_per_stage=n) for n in (1, 3, 5)},
+}
 GREY_MODES = ("1", "L", "LA", "I", "F", "I;16")
 
 
