@@ -14,11 +14,12 @@ it trains the model::
 """
 
 from meta_trainer.arguments import MetaTrainingArguments
-from meta_trainer.modules import MetaModule, MetaModuleList, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import InputRotation, MetaModule, MetaModuleList, MetaWeightNet, RepresentationTransform
 from meta_trainer.trainer import MetaTrainer
 from meta_trainer.version import __version__
 
 __all__ = [
+    "InputRotation",
     "MetaModule",
     "MetaModuleList",
     "MetaTrainer",

@@ -10,23 +10,30 @@ import yaml
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.image_classification import ImageClassificationArguments
+from meta_trainer.tasks.labelled_data import LabelledDataArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
-TaskArguments = NerArguments | TextClassificationArguments
-TASKS: dict[str, type[TaskArguments]] = {"ner": NerArguments, "text_classification": TextClassificationArguments}
-META_MODULES = ("representation_transform", "meta_weight_net")
+TaskArguments = NerArguments | TextClassificationArguments | ImageClassificationArguments
+TASKS: dict[str, type[TaskArguments]] = {
+    "ner": NerArguments,
+    "text_classification": TextClassificationArguments,
+    "image_classification": ImageClassificationArguments,
+}
+META_MODULES = ("representation_transform", "meta_weight_net", "input_rotation")
 
 
 @dataclass
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification"] = field(
+    task: Literal["ner", "text_classification", "image_classification"] = field(
         default="ner",
         metadata={
-            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong."
+            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong; "
+            "image_classification: the same, or with target images that look different."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -190,12 +197,17 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
-    if isinstance(task, TextClassificationArguments) and "representation_transform" in module.meta_module:
+    if not isinstance(task, NerArguments) and "representation_transform" in module.meta_module:
         raise ValueError(
             "meta_module='representation_transform' transforms the rows of a source language, which task='ner' has and "
-            "task='text_classification' has not. Choose 'meta_weight_net'."
+            f"task={run.task!r} has not. Choose 'meta_weight_net'."
         )
-    trains_on_meta = isinstance(task, TextClassificationArguments) and task.train_on_meta
+    if not isinstance(task, ImageClassificationArguments) and "input_rotation" in module.meta_module:
+        raise ValueError(
+            "meta_module='input_rotation' turns images, which task='image_classification' has and "
+            f"task={run.task!r} has not. Choose 'meta_weight_net'."
+        )
+    trains_on_meta = isinstance(task, LabelledDataArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(
             "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "

@@ -3,6 +3,7 @@
 ===================================== ================ ==============================================================
 module                                door             what it learns
 ===================================== ================ ==============================================================
+:class:`InputRotation`                batch            the angle by which training images are rotated
 :class:`RepresentationTransform`      forward pass     a map of source-language hidden states towards the target
                                                        language (MetaXL)
 :class:`MetaWeightNet`                loss             the weight of each example, given its loss
@@ -14,8 +15,9 @@ A new one subclasses :class:`MetaModule` and overrides the doors it uses.
 """
 
 from meta_trainer.modules.composition import MetaModuleList
+from meta_trainer.modules.input_rotation import InputRotation
 from meta_trainer.modules.meta_module import Batch, MetaModule
 from meta_trainer.modules.meta_weight_net import MetaWeightNet
 from meta_trainer.modules.representation_transform import RepresentationTransform
 
-__all__ = ["Batch", "MetaModule", "MetaModuleList", "MetaWeightNet", "RepresentationTransform"]
+__all__ = ["Batch", "InputRotation", "MetaModule", "MetaModuleList", "MetaWeightNet", "RepresentationTransform"]

@@ -1,4 +1,4 @@
-"""The base model: a classifier of tokens or of whole texts, pretrained or built from a config."""
+"""The base model: a classifier of tokens, of whole texts or of images, pretrained or built from a config."""
 
 from collections.abc import Sequence
 from pickle import UnpicklingError
@@ -18,7 +18,6 @@ def make_config(model: ModelArguments, classes: Sequence[str], tokenizer: PreTra
     Raises:
         ValueError: If the pretrained model cannot be found.
     """
-    id2label, label2id = dict(enumerate(classes)), {name: number for number, name in enumerate(classes)}
     if model.model_name_or_path is None:
         return BertConfig(
             vocab_size=len(tokenizer),
@@ -28,15 +27,28 @@ def make_config(model: ModelArguments, classes: Sequence[str], tokenizer: PreTra
             intermediate_size=model.intermediate_size,
             max_position_embeddings=POSITIONS,
             pad_token_id=tokenizer.pad_token_id,
-            id2label=id2label,
-            label2id=label2id,
+            **class_maps(classes),
         )
+    return pretrained_config(model, classes)
+
+
+def class_maps(classes: Sequence[str]) -> dict[str, Any]:
+    """Return what a config is told of the classes, in the order of their ids."""
+    return {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+    }
+
+
+def pretrained_config(model: ModelArguments, classes: Sequence[str]) -> PreTrainedConfig:
+    """Return the config of a pretrained model, with a head for ``classes``.
+
+    Raises:
+        ValueError: If the model cannot be found.
+    """
     try:
         return AutoConfig.from_pretrained(
-            model.model_name_or_path,
-            trust_remote_code=model.trust_remote_code,
-            id2label=id2label,
-            label2id=label2id,
+            str(model.model_name_or_path), trust_remote_code=model.trust_remote_code, **class_maps(classes)
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -48,9 +60,10 @@ def make_model(auto_class: Any, model: ModelArguments, config: PreTrainedConfig,
     """Build the model; weights that are not pretrained depend on ``seed``, not on the global generator.
 
     Args:
-        auto_class: The head: ``AutoModelForTokenClassification``, ``AutoModelForSequenceClassification``.
+        auto_class: The head: ``AutoModelForTokenClassification``, ``AutoModelForSequenceClassification``,
+            ``AutoModelForImageClassification``.
         model: What to load, or to build from scratch.
-        config: From :func:`make_config`.
+        config: From :func:`make_config` or :func:`pretrained_config`, or of a model of this package.
         seed: Of the new weights.
 
     Raises:

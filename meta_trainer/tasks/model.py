@@ -1,4 +1,4 @@
-"""Settings of the base model that are the same for every text task."""
+"""Settings of the base model that are the same for every task."""
 
 from dataclasses import dataclass, field
 

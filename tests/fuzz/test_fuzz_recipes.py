@@ -20,14 +20,19 @@ from meta_trainer.cli import main
 from meta_trainer.recipe import META_MODULES, MetaModuleArguments, Recipe, RunArguments, read_recipe
 from meta_trainer.settings_parser import COMMON_TRAINING_FIELDS
 from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 SOUND = {
     "ner": {"task": "ner", "source_data": "generated", "target_data": "generated"},
     "text_classification": {"task": "text_classification", "data": "generated"},
+    "image_classification": {"task": "image_classification", "data": "ylecun/mnist"},
 }
-OURS = (RunArguments, NerArguments, TextClassificationArguments, ModelArguments, MetaModuleArguments)
+OURS = (
+    RunArguments, NerArguments, TextClassificationArguments, ImageClassificationArguments, ModelArguments,
+    MetaModuleArguments,
+)  # fmt: skip
 OUR_KEYS = sorted(
     {f.name for kind in OURS for f in fields(kind)}
     | ({f.name for f in fields(MetaTrainingArguments)} - {f.name for f in fields(TrainingArguments)})

@@ -6,12 +6,12 @@ from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from meta_trainer.tasks.classifier import make_config, make_model
+from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
 from meta_trainer.tasks.text_classification.arguments import TextClassificationArguments
 from meta_trainer.tasks.text_classification.encoding import encode
 from meta_trainer.tasks.text_classification.loading import TextData, load_text_data
-from meta_trainer.tasks.text_classification.metrics import classification_scores
 from meta_trainer.tasks.tokenizer import check_max_length, load_tokenizer, train_byte_level_bpe
 
 

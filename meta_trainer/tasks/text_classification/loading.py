@@ -2,15 +2,13 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 from datasets import Dataset
 
-from meta_trainer.tasks.tables import load_split, read_table
+from meta_trainer.tasks.label_columns import class_names
+from meta_trainer.tasks.labelled_rows import DrawnRows, draw_rows, label_ids, read_source
 from meta_trainer.tasks.text_classification.arguments import GENERATED, TextClassificationArguments
 from meta_trainer.tasks.text_classification.corpus import generate_corpus
-from meta_trainer.tasks.text_classification.noise import corrupt_labels
-from meta_trainer.tasks.text_classification.split import split_off_meta
-from meta_trainer.tasks.text_classification.texts import Texts, class_names, read_texts
+from meta_trainer.tasks.text_classification.texts import Texts, read_texts
 
 
 @dataclass(frozen=True)
@@ -44,67 +42,33 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
         ValueError: If a set cannot be loaded, or is too small for what is to be drawn from it.
     """
     train = _load(arguments, "train")
-    others = {kind: _load(arguments, kind) for kind in ("validation", "test") if _source(arguments, kind)}
-    classes = class_names([train, *others.values()])
-    ids = {name: number for number, name in enumerate(classes)}
-    trusted = np.array([ids[label] for label in train.labels])  # [N]
-    meta_rows, train_rows = split_off_meta(
-        trusted, classes, arguments.num_meta_examples, arguments.max_train_examples, arguments.subset_seed
-    )
-    noisy = np.array([ids[label] for label in train.noisy_labels])  # [N]
-    noisy[train_rows] = corrupt_labels(
-        noisy[train_rows],
-        len(classes),
-        arguments.label_noise,
-        arguments.label_noise_share,
-        seed if arguments.noise_seed is None else arguments.noise_seed,
-    )
+    others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.sources(kind)}
+    classes = class_names([texts.labels for texts in (train, *others.values())])
+    drawn, meta = draw_rows(train.labels, classes, arguments, seed)
     scored = {
-        kind: Dataset.from_dict({"text": texts.texts, "label": [ids[label] for label in texts.labels]})
+        kind: Dataset.from_dict({"text": texts.texts, "label": label_ids(texts.labels.labels, classes)})
         for kind, texts in others.items()
     }
     return TextData(
         classes,
-        train=_training_rows(train, train_rows, trusted, noisy),
-        meta=_training_rows(train, meta_rows, trusted, trusted),
+        train=_with_texts(train, drawn),
+        meta=_with_texts(train, meta),
         validation=scored.get("validation"),
         test=scored.get("test"),
     )
 
 
-def _training_rows(texts: Texts, chosen: np.ndarray, trusted: np.ndarray, labels: np.ndarray) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "row": [texts.rows[i] for i in chosen],
-            "text": [texts.texts[i] for i in chosen],
-            "label": labels[chosen],
-            "trusted_label": trusted[chosen],
-            "is_corrupted": (labels != trusted)[chosen],
-        }
-    )
-
-
-def _source(arguments: TextClassificationArguments, kind: str) -> str | None:
-    """File or split of a set, or None for no such set."""
-    source: str | None = getattr(arguments, f"{kind}_split" if arguments.data else f"{kind}_file")
-    return source
+def _with_texts(texts: Texts, drawn: DrawnRows) -> Dataset:
+    columns = drawn.record.to_dict()
+    return Dataset.from_dict({"row": columns.pop("row"), "text": [texts.texts[i] for i in drawn.positions], **columns})
 
 
 def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
     """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
-    source = str(_source(arguments, kind))
-    dataset, name = _read(arguments, source)
+    (source,) = arguments.sources(kind)
+    if arguments.data == GENERATED:
+        dataset, name = generate_corpus(source), f"{GENERATED}, split {source}"
+    else:
+        dataset, name = read_source(arguments, source)
     columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
-
-
-def _read(arguments: TextClassificationArguments, source: str) -> tuple[Dataset, str]:
-    data, subset = arguments.data, arguments.subset
-    if data is None:
-        path = arguments.path(source)
-        return read_table(path), str(path)
-    name = f"{data}{f' ({subset})' if subset else ''}, split {source}"
-    if data == GENERATED:
-        return generate_corpus(source), name
-    folder = arguments.path(data)
-    return load_split(str(folder) if folder.is_dir() else data, subset, source), name

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from meta_trainer.tasks.text_classification.texts import Texts, class_names, read_texts
+from meta_trainer.tasks.label_columns import class_names
+from meta_trainer.tasks.text_classification.texts import Texts, read_texts
 
 
 def read(rows: list[dict[str, Any]], **options: str) -> Texts:
@@ -17,19 +18,19 @@ def named(labels: list[int]) -> Dataset:
 
 def test_text_labels_are_sorted_by_name():
     texts = read([{"text": "a", "label": "sport"}, {"text": "b", "label": "art"}])
-    assert texts.labels == texts.noisy_labels == ["sport", "art"]
-    assert class_names([texts]) == ["art", "sport"]
+    assert texts.labels.labels == texts.labels.noisy_labels == ["sport", "art"]
+    assert class_names([texts.labels]) == ["art", "sport"]
 
 
 def test_integers_are_sorted_as_numbers():
     texts = read([{"text": "a", "label": label} for label in (10, 2, 1)])
-    assert class_names([texts]) == ["1", "2", "10"]
+    assert class_names([texts.labels]) == ["1", "2", "10"]
 
 
 def test_named_classes_keep_their_order_and_other_sets_may_add_to_them():
     texts = read_texts(named([1, 0, 1]), "news", "text", "label")
-    assert texts.labels == ["art", "sport", "art"]
-    assert class_names([texts, read([{"text": "a", "label": "bank"}])]) == ["sport", "art", "bank"]
+    assert texts.labels.labels == ["art", "sport", "art"]
+    assert class_names([texts.labels, read([{"text": "a", "label": "bank"}]).labels]) == ["sport", "art", "bank"]
 
 
 def test_noisy_labels_and_rows_to_leave_out_come_from_columns_of_their_own():
@@ -39,8 +40,10 @@ def test_noisy_labels_and_rows_to_leave_out_come_from_columns_of_their_own():
         {"text": "c", "label": "y", "noisy": "z", "dup": False},
     ]
     texts = read(rows, noisy_label_column="noisy", exclude_column="dup")
-    assert (texts.texts, texts.labels, texts.noisy_labels, texts.rows) == (["a", "c"], ["x", "y"], ["y", "z"], [0, 2])
-    assert class_names([texts]) == ["x", "y", "z"]
+    labels = texts.labels
+    assert (texts.texts, labels.rows) == (["a", "c"], [0, 2])
+    assert (labels.labels, labels.noisy_labels) == (["x", "y"], ["y", "z"])
+    assert class_names([texts.labels]) == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize(
@@ -76,4 +79,4 @@ def test_a_missing_column_and_a_set_without_rows_are_refused():
 
 def test_one_class_is_not_enough():
     with pytest.raises(ValueError, match="at least two classes, got x"):
-        class_names([read([{"text": "a", "label": "x"}])])
+        class_names([read([{"text": "a", "label": "x"}]).labels])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meta_trainer.tasks.text_classification.noise import corrupt_labels
+from meta_trainer.tasks.label_noise import corrupt_labels
 
 LABELS = np.random.default_rng(3).integers(0, 5, size=2000)
 

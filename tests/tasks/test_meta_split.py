@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from meta_trainer.tasks.text_classification.split import split_off_meta
+from meta_trainer.tasks.meta_split import split_off_meta
 
 CLASSES = ("a", "b", "c")
 LABELS = np.array([0] * 50 + [1] * 30 + [2] * 10)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from transformers import EvalPrediction
 
-from meta_trainer.tasks.text_classification.metrics import classification_scores, macro_f1
+from meta_trainer.tasks.metrics import classification_scores, macro_f1
 
 
 def test_scores_of_a_case_that_is_worked_out_by_hand():

@@ -1,0 +1,116 @@
+"""Image classification as a task."""
+
+from collections.abc import Callable
+from functools import partial
+
+from datasets import Dataset, concatenate_datasets
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig, default_data_collator
+from transformers.image_processing_utils import BaseImageProcessor
+
+from meta_trainer.tasks.classifier import class_maps, make_model, pretrained_config
+from meta_trainer.tasks.image_classification.arguments import ImageClassificationArguments
+from meta_trainer.tasks.image_classification.cifar_resnet import CifarResNetConfig
+from meta_trainer.tasks.image_classification.image_classifier import ImageClassifierConfig
+from meta_trainer.tasks.image_classification.images import PIXELS, decode
+from meta_trainer.tasks.image_classification.lenet import LeNetConfig
+from meta_trainer.tasks.image_classification.loading import ImageData, load_image_data
+from meta_trainer.tasks.image_classification.pixels import ImageTransform, ProcessedPixels, ReadPixels, ResizedPixels
+from meta_trainer.tasks.metrics import classification_scores
+from meta_trainer.tasks.model import ModelArguments
+from meta_trainer.tasks.task import Task
+
+CONFIGS: dict[str, Callable[..., ImageClassifierConfig]] = {
+    "lenet": LeNetConfig,
+    **{f"resnet{6 * n + 2}": partial(CifarResNetConfig, blocks_per_stage=n) for n in (1, 3, 5)},
+}
+GREY_MODES = ("1", "L", "LA", "I", "F", "I;16")
+
+
+def build_image_classification_task(
+    arguments: ImageClassificationArguments, model: ModelArguments, *, seed: int, with_meta: bool
+) -> Task:
+    """Load data and image processor, and put together what a run needs.
+
+    Args:
+        arguments: Data, meta set, noise, what is changed in images, and the model that is trained from scratch.
+        model: A pretrained model, if there is one.
+        seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
+        with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
+            where ``train_on_meta`` says so.
+
+    Returns:
+        The task. Its training labels may be wrong, those of all other sets are the trusted ones.
+
+    Raises:
+        ValueError: If data, settings and model do not fit each other.
+    """
+    if with_meta and not arguments.num_meta_examples:
+        raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+    data = load_image_data(arguments, seed)
+    processor: BaseImageProcessor | None = None
+    if model.model_name_or_path is None:
+        config: PreTrainedConfig = _make_config(arguments, data)
+        read: ReadPixels = ResizedPixels(config.image_size, config.num_channels, config.image_mean, config.image_std)
+    else:
+        config, processor = pretrained_config(model, data.classes), _load_processor(model)
+        read = ProcessedPixels(processor)
+    config.problem_type = "single_label_classification"
+    joint = arguments.train_on_meta and not with_meta
+    train, record = (
+        (concatenate_datasets([data.train, data.meta]), concatenate_datasets([data.train_record, data.meta_record]))
+        if joint
+        else (data.train, data.train_record)
+    )
+    transform = ImageTransform(
+        read, arguments.rotate_train_degrees, arguments.random_crop_padding, arguments.random_flip
+    )
+
+    def target(rows: Dataset | None) -> Dataset | None:
+        return None if rows is None else rows.with_transform(ImageTransform(read, arguments.rotate_target_degrees))
+
+    return Task(
+        model_init=partial(make_model, AutoModelForImageClassification, model, config, seed),
+        processing_class=processor,
+        train_dataset=train.with_transform(transform),
+        meta_dataset=target(data.meta) if with_meta else None,
+        eval_dataset=target(data.validation),
+        test_dataset=target(data.test),
+        data_collator=default_data_collator,
+        compute_metrics=classification_scores,
+        main_metric="accuracy",
+        pipeline_tag="image-classification",
+        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        training_labels=record,
+    )
+
+
+def _make_config(arguments: ImageClassificationArguments, data: ImageData) -> ImageClassifierConfig:
+    """Config of a model that is trained from scratch on images like the first one."""
+    first = decode(data.train[0][PIXELS])
+    num_channels = 1 if first.mode in GREY_MODES else 3
+    for name in ("image_mean", "image_std"):
+        if len(getattr(arguments, name)) not in (1, num_channels):
+            raise ValueError(f"{name} has {len(getattr(arguments, name))} channels, but images have {num_channels}.")
+    size = arguments.image_size or min(first.size)
+    if arguments.random_crop_padding >= size:
+        raise ValueError(
+            f"random_crop_padding={arguments.random_crop_padding} must be less than the {size} pixels of an image."
+        )
+    return CONFIGS[arguments.image_model](
+        image_size=size,
+        num_channels=num_channels,
+        image_mean=arguments.image_mean,
+        image_std=arguments.image_std,
+        **class_maps(data.classes),
+    )
+
+
+def _load_processor(model: ModelArguments) -> BaseImageProcessor:
+    name = str(model.model_name_or_path)
+    try:
+        processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+            name, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"No image processor can be loaded from {name!r}: {error}") from error
+    return processor

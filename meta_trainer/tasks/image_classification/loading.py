@@ -1,0 +1,77 @@
+"""From settings to labelled sets: where each comes from, which images are trusted, and which labels are wrong."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+
+from meta_trainer.tasks.image_classification.arguments import ImageClassificationArguments
+from meta_trainer.tasks.image_classification.images import Images, read_images
+from meta_trainer.tasks.label_columns import class_names
+from meta_trainer.tasks.labelled_rows import draw_rows, label_ids, read_source
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """The sets of a run. Rows are ``pixel_values``, stored images, and ``labels``.
+
+    Attributes:
+        classes: Names of the classes in the order of their ids.
+        train: Images to train on, with labels that may be wrong.
+        train_record: Of each, ``row`` (number in the files, from 0), ``label``, ``trusted_label``, ``is_corrupted``.
+        meta: The meta set, none of whose images is in ``train``; empty where none is set apart.
+        meta_record: The same record of these.
+        validation: Images with trusted labels, or None.
+        test: The same, or None.
+    """
+
+    classes: list[str]
+    train: Dataset
+    train_record: Dataset
+    meta: Dataset
+    meta_record: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+
+
+def load_image_data(arguments: ImageClassificationArguments, seed: int) -> ImageData:
+    """Load all sets, set the meta set apart, draw the training images and corrupt their labels.
+
+    Args:
+        arguments: The settings.
+        seed: Seed of the corruption where the settings have none.
+
+    Raises:
+        ValueError: If a set cannot be loaded, or is too small for what is to be drawn from it.
+    """
+    train = _load(arguments, "train")
+    others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.sources(kind)}
+    classes = class_names([images.labels for images in (train, *others.values())])
+    drawn, meta = draw_rows(train.labels, classes, arguments, seed)
+    most = {"validation": None, "test": arguments.max_test_examples}
+    scored = {kind: _scored(images, classes, most[kind], arguments.subset_seed) for kind, images in others.items()}
+    return ImageData(
+        classes,
+        train=train.select(drawn.positions, np.array(drawn.record["label"])),
+        train_record=drawn.record,
+        meta=train.select(meta.positions, np.array(meta.record["label"])),
+        meta_record=meta.record,
+        validation=scored.get("validation"),
+        test=scored.get("test"),
+    )
+
+
+def _scored(images: Images, classes: list[str], most: int | None, seed: int) -> Dataset:
+    labels = label_ids(images.labels.labels, classes)
+    positions = np.arange(len(labels))
+    if most is not None:
+        # Files often list class after class.
+        positions = np.random.default_rng(seed).permutation(positions)[:most]
+    return images.select(positions, labels[positions])
+
+
+def _load(arguments: ImageClassificationArguments, kind: str) -> Images:
+    """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
+    parts = [read_source(arguments, source) for source in arguments.sources(kind)]
+    columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
+    return read_images(parts, arguments.image_column, arguments.label_column, *columns)

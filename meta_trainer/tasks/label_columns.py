@@ -1,0 +1,116 @@
+"""Labels from the columns of a data set, and the classes that they name."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any
+
+from datasets import ClassLabel, Dataset
+
+from meta_trainer.tasks.tables import check_columns
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one file or split, by name.
+
+    Attributes:
+        name: The file, or the data set and its split.
+        labels: Trusted label of each row that is used.
+        noisy_labels: Label to train on of each of them; the trusted one where the data have no other.
+        rows: Their numbers, from 0.
+        classes: Names of the label column's classes, in their order; empty for a column that names none.
+    """
+
+    name: str
+    labels: list[str]
+    noisy_labels: list[str]
+    rows: list[int]
+    classes: tuple[str, ...]
+
+
+def used_rows(dataset: Dataset, name: str, columns: Iterable[str | None], exclude_column: str | None) -> list[int]:
+    """Numbers of the rows that are not left out.
+
+    Args:
+        dataset: A table.
+        name: What error messages call it.
+        columns: Columns that it should have; None asks for none.
+        exclude_column: Boolean column; rows where it is true are left out.
+
+    Raises:
+        ValueError: If a column is missing, or no row is left.
+    """
+    check_columns(dataset, name, (*columns, exclude_column))
+    excluded = dataset[exclude_column][:] if exclude_column else [False] * len(dataset)
+    rows = [i for i, left_out in enumerate(excluded) if not left_out]
+    if not rows:
+        raise ValueError(f"{name} holds no row to use.")
+    return rows
+
+
+def read_labels(
+    dataset: Dataset, name: str, rows: list[int], label_column: str, noisy_label_column: str | None = None
+) -> Labels:
+    """Read labels; an integer becomes the name of its class, or its digits where classes have no name.
+
+    Args:
+        dataset: Rows with a label.
+        name: What error messages call the data set.
+        rows: From :func:`used_rows`.
+        label_column: Column of the trusted labels.
+        noisy_label_column: Column of the labels to train on; None: the trusted ones. Its integers are classes of
+            ``label_column`` where it does not name its own.
+
+    Raises:
+        ValueError: If a row has no label; it names the row.
+    """
+    classes = _class_names(dataset, label_column)
+    labels = _labels(dataset, name, label_column, rows, classes)
+    noisy = labels
+    if noisy_label_column is not None:
+        own = _class_names(dataset, noisy_label_column) or classes
+        noisy = _labels(dataset, name, noisy_label_column, rows, own)
+    return Labels(name, labels, noisy, rows, tuple(classes))
+
+
+def class_names(sets: Iterable[Labels]) -> list[str]:
+    """All classes of the sets: those that the first one's label column names, then others in order.
+
+    Labels that are integers are ordered as numbers.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    loaded = list(sets)
+    named = list(loaded[0].classes)
+    found = {label for labels in loaded for label in (*labels.labels, *labels.noisy_labels)}
+    others = found.difference(named)
+    are_numbers = all(label.removeprefix("-").isdecimal() for label in others)
+    classes = named + sorted(others, key=int if are_numbers else None)
+    if len(classes) < 2:
+        raise ValueError(f"{loaded[0].name}: a classifier needs at least two classes, got {', '.join(classes)}.")
+    return classes
+
+
+def _labels(dataset: Dataset, name: str, column: str, rows: list[int], classes: list[str]) -> list[str]:
+    values = dataset[column][:]
+    return [_label_text(values[i], classes, f"{name}, row {i + 1}, column {column!r}") for i in rows]
+
+
+def _class_names(dataset: Dataset, column: str) -> list[str]:
+    feature = dataset.features[column]
+    return list(feature.names) if isinstance(feature, ClassLabel) else []
+
+
+def _label_text(value: Any, names: list[str], where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, int):
+        raise ValueError(f"{where}: expected a label as text or integer, got {short(value)}.")
+    if names and not 0 <= value < len(names):
+        raise ValueError(
+            f"{where}: label {value} is outside the {len(names)} classes {', '.join(names)}. A split without labels "
+            "is left out by setting it to none."
+        )
+    return names[value] if names else str(value)

@@ -1,0 +1,17 @@
+from datasets import ClassLabel, Dataset, Features, Value
+
+from meta_trainer.tasks.label_columns import class_names, read_labels
+
+
+def test_noisy_labels_without_names_are_numbers_of_the_trusted_columns_classes():
+    features = Features({"label": ClassLabel(names=["cat", "dog"]), "noisy": Value("int64")})
+    dataset = Dataset.from_dict({"label": [0, 1, 1], "noisy": [1, 1, 0]}, features=features)
+    labels = read_labels(dataset, "pets", [0, 1, 2], "label", "noisy")
+    assert labels.noisy_labels == ["dog", "dog", "cat"]
+    assert class_names([labels]) == ["cat", "dog"]
+
+
+def test_noisy_labels_with_names_of_their_own_keep_them():
+    names = {"label": ClassLabel(names=["cat", "dog"]), "noisy": ClassLabel(names=["dog", "cat"])}
+    dataset = Dataset.from_dict({"label": [0, 1], "noisy": [0, 0]}, features=Features(names))
+    assert read_labels(dataset, "pets", [0, 1], "label", "noisy").noisy_labels == ["dog", "dog"]
