@@ -14,11 +14,18 @@ it trains the model::
 """
 
 from meta_trainer.arguments import MetaTrainingArguments
-from meta_trainer.modules import MetaModule, MetaModuleList, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import (
+    FeatureWiseTransform,
+    MetaModule,
+    MetaModuleList,
+    MetaWeightNet,
+    RepresentationTransform,
+)
 from meta_trainer.trainer import MetaTrainer
 from meta_trainer.version import __version__
 
 __all__ = [
+    "FeatureWiseTransform",
     "MetaModule",
     "MetaModuleList",
     "MetaTrainer",
