@@ -67,7 +67,7 @@ class FeatureWiseTransform(MetaModule):
 
     @contextmanager
     def attach(self, model: nn.Module, batch: Batch) -> Iterator[None]:
-        """Hook the noise after its layers for one forward pass; the global generator of the parameters' device draws it."""
+        """Hook the noise, drawn from the global generator, after its layers for one forward pass."""
         with ExitStack() as stack:
             for layer, scale, shift in zip(self.layers, self.scales, self.shifts, strict=True):
                 hook = _affine_hook(scale, shift, self.channel_dim)
@@ -80,8 +80,8 @@ class FeatureWiseTransform(MetaModule):
             channels = _channels(find_layer(model, layer))
             if channels is not None and channels != len(scale):
                 raise ValueError(
-                    f"`layers` of a FeatureWiseTransform gives layer {layer!r} {len(scale)} channels, and the model has "
-                    f"{channels} there. Build the transformation for this model."
+                    f"`layers` of a FeatureWiseTransform gives layer {layer!r} {len(scale)} channels, and the model "
+                    f"has {channels} there. Build the transformation for this model."
                 )
 
     def summary(self) -> dict[str, Tensor]:
@@ -113,8 +113,9 @@ def find_channels(model: nn.Module, patterns: Sequence[str] = RESIDUAL_NORMS) ->
     found = [(name, _channels(m)) for name, m in named.items() if any(fnmatchcase(name, p) for p in patterns)]
     if unknown := [name for name, channels in found if channels is None]:
         raise ValueError(
-            f"The number of channels of {', '.join(unknown)} is not known: layers to transform should be normalizations, "
-            "convolutions or linear maps. Give others with their channels as `layers` of a FeatureWiseTransform."
+            f"The number of channels of {', '.join(unknown)} is not known: layers to transform should be "
+            "normalizations, convolutions or linear maps. Give others, with their channels, as `layers` of a "
+            "FeatureWiseTransform."
         )
     return [(name, channels) for name, channels in found if channels is not None]
 
@@ -145,7 +146,7 @@ def _affine_hook(scale: Tensor, shift: Tensor, channel_dim: int) -> Callable[[nn
 
 def _channels(module: nn.Module) -> int | None:
     for name in _SIZES:
-        size = getattr(module, name, None)
+        size: Any = getattr(module, name, None)
         # That of a LayerNorm is a tuple.
         size = size[-1] if isinstance(size, tuple) and size else size
         if is_integer(size):

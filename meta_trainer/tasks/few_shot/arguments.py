@@ -73,8 +73,8 @@ class FewShotArguments:
         places = self.places
         if len(places) < MINIMUM_DOMAINS:
             raise ValueError(
-                f"domains: expected at least {MINIMUM_DOMAINS} entries such as birds=birds.parquet, two to train on and "
-                f"one to hold out, got {len(places)}."
+                f"domains: expected at least {MINIMUM_DOMAINS} entries such as birds=birds.parquet, two to train on "
+                f"and one to hold out, got {len(places)}."
             )
         if self.held_out_domain not in places:
             raise ValueError(

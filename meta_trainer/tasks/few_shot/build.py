@@ -40,8 +40,8 @@ def build_few_shot_task(
         )
     if sampling != IN_ORDER:
         raise ValueError(
-            f"train_sampling_strategy should be {IN_ORDER!r}, got {sampling!r}: domains and the weight of the auxiliary "
-            "loss change with the number of the episode."
+            f"train_sampling_strategy should be {IN_ORDER!r}, got {sampling!r}: domains and the weight of the "
+            "auxiliary loss change with the number of the episode."
         )
     collator = EpisodeCollator(
         arguments, {name: load_domain(arguments, name) for name in arguments.places}, seed, carry_meta=with_meta
@@ -59,6 +59,7 @@ def build_few_shot_task(
     return Task(
         model_init=partial(make_relation_net, config, seed),
         processing_class=None,
+        # Trainer takes any sequence of rows.
         train_dataset=[Episode(number) for number in range(arguments.num_train_episodes)],
         meta_dataset=None,
         eval_dataset=None,

@@ -58,8 +58,8 @@ class EpisodeCollator:
         queries = torch.arange(arguments.n_way).repeat_interleave(arguments.num_queries)
         self.labels = queries  # [Q]
 
-    def __call__(self, episodes: Sequence[Episode]) -> dict[str, Any]:
-        """The batch of E episodes, of one kind; see :meth:`RelationNet.forward`."""
+    def __call__(self, episodes: Sequence[Any]) -> dict[str, Any]:
+        """The batch of E rows, `Episode` of one kind; see :meth:`RelationNet.forward`."""
         if episodes[0].is_test:
             return _stacked([self.draw(self.held_out, TEST, e.number)[0] for e in episodes], self.labels)
         seen, unseen = zip(*(self.domains_of(e.number) for e in episodes), strict=True)
@@ -109,8 +109,8 @@ def _usable_classes(domain: Domain, n_way: int, size: int) -> np.ndarray:
     if len(usable) < n_way:
         largest = max(map(len, domain.rows), default=0)
         raise ValueError(
-            f"Domain {domain.name!r} has {len(usable)} classes of at least {size} images (k_shot + num_queries), and an "
-            f"episode takes {n_way}; its largest class has {largest}. Lower num_queries, k_shot or n_way, or raise "
+            f"Domain {domain.name!r} has {len(usable)} classes of at least {size} images (k_shot + num_queries), and "
+            f"an episode takes {n_way}; its largest class has {largest}. Lower num_queries, k_shot or n_way, or raise "
             "max_images_per_class."
         )
     return usable

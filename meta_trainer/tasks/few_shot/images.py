@@ -1,6 +1,7 @@
 """The images of a domain, decoded once and kept in memory."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_domain(arguments: FewShotArguments, name: str) -> Domain:
     chosen = np.concatenate(kept)
     images = _decode(dataset.select(chosen), place, arguments.image_column, arguments.image_size)
     limits = np.cumsum([0, *map(len, kept)])
-    return Domain(name, images, [np.arange(start, end) for start, end in zip(limits[:-1], limits[1:], strict=True)])
+    return Domain(name, images, [np.arange(start, end) for start, end in pairwise(limits)])
 
 
 def _read(arguments: FewShotArguments, place: str) -> Dataset:

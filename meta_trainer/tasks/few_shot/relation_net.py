@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, ResNetConfig, ResNetModel
@@ -99,16 +98,17 @@ class RelationNet(ResNetPreTrainedModel):
         CVPR 2018; sizes and loss as in Tseng et al., `<https://arxiv.org/abs/2001.08735>`_, ICLR 2020.
     """
 
-    config: RelationNetConfig
+    config: RelationNetConfig  # type: ignore[assignment]
     config_class = RelationNetConfig
 
     def __init__(self, config: RelationNetConfig) -> None:
         super().__init__(config)
         self.resnet = ResNetModel(config.resnet_config())
         if config.stem != "imagenet":
-            self.resnet.embedder = SmallStem(config.backbone_width, pooled=config.stem == "small_pooled")
+            pooled = config.stem == "small_pooled"
+            self.resnet.embedder = SmallStem(config.backbone_width, pooled)  # type: ignore[assignment]
         # What it gives is not used: the features keep their positions.
-        self.resnet.pooler = nn.Identity()
+        self.resnet.pooler = nn.Identity()  # type: ignore[assignment]
         channels = config.feature_channels
         self.relation_module = RelationModule(channels, config.feature_size)
         self.auxiliary_classifier = (
