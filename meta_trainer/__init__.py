@@ -14,11 +14,19 @@ it trains the model::
 """
 
 from meta_trainer.arguments import MetaTrainingArguments
-from meta_trainer.modules import InputRotation, MetaModule, MetaModuleList, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import (
+    FeatureWiseTransform,
+    InputRotation,
+    MetaModule,
+    MetaModuleList,
+    MetaWeightNet,
+    RepresentationTransform,
+)
 from meta_trainer.trainer import MetaTrainer
 from meta_trainer.version import __version__
 
 __all__ = [
+    "FeatureWiseTransform",
     "InputRotation",
     "MetaModule",
     "MetaModuleList",

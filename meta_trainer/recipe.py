@@ -8,32 +8,36 @@ from typing import Any, Literal
 import yaml
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.modules.feature_wise_transform import RESIDUAL_NORMS
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.few_shot import FewShotArguments
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.labelled_data import LabelledDataArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
-TaskArguments = NerArguments | TextClassificationArguments | ImageClassificationArguments
+TaskArguments = NerArguments | TextClassificationArguments | ImageClassificationArguments | FewShotArguments
 TASKS: dict[str, type[TaskArguments]] = {
     "ner": NerArguments,
     "text_classification": TextClassificationArguments,
     "image_classification": ImageClassificationArguments,
+    "few_shot": FewShotArguments,
 }
-META_MODULES = ("representation_transform", "meta_weight_net", "input_rotation")
+META_MODULES = ("representation_transform", "meta_weight_net", "input_rotation", "feature_wise_transform")
 
 
 @dataclass
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification", "image_classification"] = field(
+    task: Literal["ner", "text_classification", "image_classification", "few_shot"] = field(
         default="ner",
         metadata={
             "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong; "
-            "image_classification: the same, or with target images that look different."
+            "image_classification: the same, or with target images that look different; few_shot: images of domains "
+            "that were not trained on."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -69,6 +73,10 @@ class MetaModuleArguments:
     weight_net_loss_input: Literal["shared", "unperturbed", "candidate"] = field(
         default="shared",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
+    )
+    feature_wise_layers: list[str] = field(
+        default_factory=lambda: list(RESIDUAL_NORMS),
+        metadata={"help": "feature_wise_transform: patterns of the submodules after which it acts."},
     )
 
     def __post_init__(self) -> None:
@@ -207,9 +215,25 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
             "meta_module='input_rotation' turns images, which task='image_classification' has and "
             f"task={run.task!r} has not. Choose 'meta_weight_net'."
         )
+    if isinstance(task, FewShotArguments):
+        _check_few_shot(task, module)
     trains_on_meta = isinstance(task, LabelledDataArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(
             "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "
             "Leave out `meta_module`, or set `compare_with_baseline`."
+        )
+
+
+def _check_few_shot(task: FewShotArguments, module: MetaModuleArguments) -> None:
+    foreign = [name for name in module.meta_module if name != "feature_wise_transform"]
+    if foreign:
+        raise ValueError(
+            f"meta_module={foreign[0]!r} does not go with task='few_shot', whose examples are whole episodes. Choose "
+            "'feature_wise_transform'."
+        )
+    if task.fixed_transform and module.meta_module:
+        raise ValueError(
+            "`fixed_transform` is for a baseline: the meta module puts a transformation of its own at the same places. "
+            "Leave out one of them."
         )

@@ -17,10 +17,12 @@ from transformers.utils import logging
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.checkpoint import check_complete, checkpoints, is_half_written, newest_complete
 from meta_trainer.meter import StepMeter
-from meta_trainer.modules import InputRotation, MetaModule, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import FeatureWiseTransform, InputRotation, MetaModule, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules.feature_wise_transform import find_channels
 from meta_trainer.recipe import MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
+from meta_trainer.tasks.few_shot import FewShotArguments, build_few_shot_task
 from meta_trainer.tasks.image_classification import ImageClassificationArguments, build_image_classification_task
 from meta_trainer.tasks.ner import NerArguments, build_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
@@ -85,6 +87,14 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
         )
     if isinstance(recipe.task, ImageClassificationArguments):
         return build_image_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
+    if isinstance(recipe.task, FewShotArguments):
+        return build_few_shot_task(
+            recipe.task,
+            recipe.model,
+            seed=seed,
+            with_meta=with_meta,
+            sampling=recipe.training.train_sampling_strategy,
+        )
     return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
 
 
@@ -96,6 +106,7 @@ def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, s
         ),
         "meta_weight_net": lambda: MetaWeightNet(arguments.weight_net_hidden_size, arguments.weight_net_loss_input),
         "input_rotation": InputRotation,
+        "feature_wise_transform": lambda: FeatureWiseTransform(find_channels(model, arguments.feature_wise_layers)),
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -7,6 +7,7 @@ module                                door             what it learns
 :class:`RepresentationTransform`      forward pass     a map of source-language hidden states towards the target
                                                        language (MetaXL)
 :class:`MetaWeightNet`                loss             the weight of each example, given its loss
+:class:`FeatureWiseTransform`         forward pass     how much the channels of hidden layers are to vary (LFT)
 :class:`MetaModuleList`               those of its     several modules at once
                                       members
 ===================================== ================ ==============================================================
@@ -15,9 +16,18 @@ A new one subclasses :class:`MetaModule` and overrides the doors it uses.
 """
 
 from meta_trainer.modules.composition import MetaModuleList
+from meta_trainer.modules.feature_wise_transform import FeatureWiseTransform
 from meta_trainer.modules.input_rotation import InputRotation
 from meta_trainer.modules.meta_module import Batch, MetaModule
 from meta_trainer.modules.meta_weight_net import MetaWeightNet
 from meta_trainer.modules.representation_transform import RepresentationTransform
 
-__all__ = ["Batch", "InputRotation", "MetaModule", "MetaModuleList", "MetaWeightNet", "RepresentationTransform"]
+__all__ = [
+    "Batch",
+    "FeatureWiseTransform",
+    "InputRotation",
+    "MetaModule",
+    "MetaModuleList",
+    "MetaWeightNet",
+    "RepresentationTransform",
+]
