@@ -14,11 +14,20 @@ it trains the model::
 """
 
 from meta_trainer.arguments import MetaTrainingArguments
-from meta_trainer.modules import MetaModule, MetaModuleList, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import (
+    DomainWeights,
+    LearnedWeightDecay,
+    MetaModule,
+    MetaModuleList,
+    MetaWeightNet,
+    RepresentationTransform,
+)
 from meta_trainer.trainer import MetaTrainer
 from meta_trainer.version import __version__
 
 __all__ = [
+    "DomainWeights",
+    "LearnedWeightDecay",
     "MetaModule",
     "MetaModuleList",
     "MetaTrainer",

@@ -6,6 +6,8 @@ module                                door             what it learns
 :class:`RepresentationTransform`      forward pass     a map of source-language hidden states towards the target
                                                        language (MetaXL)
 :class:`MetaWeightNet`                loss             the weight of each example, given its loss
+:class:`DomainWeights`                loss             the weight of each data source
+:class:`LearnedWeightDecay`           loss             the strength of weight decay, for groups of parameters
 :class:`MetaModuleList`               those of its     several modules at once
                                       members
 ===================================== ================ ==============================================================
@@ -14,8 +16,18 @@ A new one subclasses :class:`MetaModule` and overrides the doors it uses.
 """
 
 from meta_trainer.modules.composition import MetaModuleList
+from meta_trainer.modules.domain_weights import DomainWeights
+from meta_trainer.modules.learned_weight_decay import LearnedWeightDecay
 from meta_trainer.modules.meta_module import Batch, MetaModule
 from meta_trainer.modules.meta_weight_net import MetaWeightNet
 from meta_trainer.modules.representation_transform import RepresentationTransform
 
-__all__ = ["Batch", "MetaModule", "MetaModuleList", "MetaWeightNet", "RepresentationTransform"]
+__all__ = [
+    "Batch",
+    "DomainWeights",
+    "LearnedWeightDecay",
+    "MetaModule",
+    "MetaModuleList",
+    "MetaWeightNet",
+    "RepresentationTransform",
+]
