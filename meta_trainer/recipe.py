@@ -8,25 +8,32 @@ from typing import Any, Literal
 import yaml
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
-TaskArguments = NerArguments | TextClassificationArguments
-TASKS: dict[str, type[TaskArguments]] = {"ner": NerArguments, "text_classification": TextClassificationArguments}
-META_MODULES = ("representation_transform", "meta_weight_net")
+TaskArguments = NerArguments | TextClassificationArguments | LanguageModelingArguments
+TASKS: dict[str, type[TaskArguments]] = {
+    "ner": NerArguments,
+    "text_classification": TextClassificationArguments,
+    "language_modeling": LanguageModelingArguments,
+}
+META_MODULES = ("representation_transform", "meta_weight_net", "domain_weights", "learned_weight_decay")
 
 
 @dataclass
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification"] = field(
+    task: Literal["ner", "text_classification", "language_modeling"] = field(
         default="ner",
         metadata={
-            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong."
+            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong; "
+            "language_modeling: on a mixture of sources."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -64,6 +71,14 @@ class MetaModuleArguments:
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
     )
 
+    weight_decay_groups: list[str] = field(
+        default_factory=lambda: ["*"],
+        metadata={"help": "learned_weight_decay: name patterns, one for each group of parameters with its own decay."},
+    )
+    initial_weight_decay: float = field(
+        default=1e-4, metadata={"help": "learned_weight_decay: of each group at the beginning."}
+    )
+
     def __post_init__(self) -> None:
         """Refuse unknown meta modules and sizes below one."""
         for name in self.meta_module:
@@ -72,6 +87,8 @@ class MetaModuleArguments:
         for name in ("rtn_bottleneck_size", "weight_net_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1, got {getattr(self, name)}.")
+        if not is_positive(self.initial_weight_decay):
+            raise ValueError(f"`initial_weight_decay` should be a positive number, got {self.initial_weight_decay}.")
 
     @property
     def layers(self) -> list[int | str]:
@@ -190,14 +207,29 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
-    if isinstance(task, TextClassificationArguments) and "representation_transform" in module.meta_module:
+    if not isinstance(task, NerArguments) and "representation_transform" in module.meta_module:
         raise ValueError(
             "meta_module='representation_transform' transforms the rows of a source language, which task='ner' has and "
-            "task='text_classification' has not. Choose 'meta_weight_net'."
+            f"task={run.task!r} has not. Choose 'meta_weight_net'."
         )
-    trains_on_meta = isinstance(task, TextClassificationArguments) and task.train_on_meta
+    if "domain_weights" in module.meta_module:
+        _check_domains(run, task)
+    trains_on_meta = not isinstance(task, NerArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(
             "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "
             "Leave out `meta_module`, or set `compare_with_baseline`."
+        )
+
+
+def _check_domains(run: RunArguments, task: TaskArguments) -> None:
+    if isinstance(task, NerArguments):
+        raise ValueError(
+            "meta_module='domain_weights' weighs the sources of a mixture, which task='ner' does not have. Choose "
+            "'meta_weight_net'."
+        )
+    if task.domain_column is None and not (isinstance(task, LanguageModelingArguments) and len(task.sources) > 1):
+        raise ValueError(
+            f"meta_module='domain_weights' weighs the sources of a mixture, of which task={run.task!r} has one "
+            "here. Name the column that tells them by `domain_column`, or, for language models, several `sources`."
         )

@@ -51,6 +51,10 @@ class TextClassificationArguments:
     exclude_column: str | None = field(
         default=None, metadata={"help": "Boolean column; training rows where it is true are left out."}
     )
+    domain_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the training rows that names the source of each, for meta_module=domain_weights."},
+    )
     num_meta_examples: int = field(
         default=200,
         metadata={

@@ -20,7 +20,7 @@ class TextData:
     Attributes:
         classes: Names of the classes in the order of their ids.
         train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), ``trusted_label`` and
-            ``is_corrupted``.
+            ``is_corrupted``, and ``domain``, the name of the source, where a column names it.
         meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart.
         validation: Rows of ``text`` and ``label``, or None.
         test: The same, or None.
@@ -80,6 +80,7 @@ def _training_rows(texts: Texts, chosen: np.ndarray, trusted: np.ndarray, labels
             "label": labels[chosen],
             "trusted_label": trusted[chosen],
             "is_corrupted": (labels != trusted)[chosen],
+            **({"domain": [texts.domains[i] for i in chosen]} if texts.domains else {}),
         }
     )
 
@@ -94,7 +95,8 @@ def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
     """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
     source = str(_source(arguments, kind))
     dataset, name = _read(arguments, source)
-    columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
+    own = (arguments.train_label_column, arguments.exclude_column, arguments.domain_column)
+    columns = own if kind == "train" else (None, None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
 
 

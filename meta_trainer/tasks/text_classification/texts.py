@@ -21,6 +21,7 @@ class Texts:
         noisy_labels: Label to train on of each text; the trusted one where the data have no other.
         rows: Number of each text's row, from 0.
         classes: Names of the label column's classes, in their order; empty for a column that names none.
+        domains: Name of each text's source; empty without a column of them.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Texts:
     noisy_labels: list[str]
     rows: list[int]
     classes: tuple[str, ...]
+    domains: list[str]
 
 
 def read_texts(
@@ -38,6 +40,7 @@ def read_texts(
     label_column: str,
     noisy_label_column: str | None = None,
     exclude_column: str | None = None,
+    domain_column: str | None = None,
 ) -> Texts:
     """Read texts and labels; an integer becomes the name of its class, or its digits where classes have no name.
 
@@ -48,11 +51,12 @@ def read_texts(
         label_column: Column of the trusted labels.
         noisy_label_column: Column of the labels to train on; None: the trusted ones.
         exclude_column: Boolean column; rows where it is true are left out.
+        domain_column: Column of the sources' names, text or integers, named or not.
 
     Raises:
         ValueError: If a column is missing, there is no row, or a row has no text or no label; it names the row.
     """
-    check_columns(dataset, name, (text_column, label_column, noisy_label_column, exclude_column))
+    check_columns(dataset, name, (text_column, label_column, noisy_label_column, exclude_column, domain_column))
     excluded = dataset[exclude_column] if exclude_column else [False] * len(dataset)
     rows = [i for i, left_out in enumerate(excluded) if not left_out]
     if not rows:
@@ -69,6 +73,7 @@ def read_texts(
         noisy_labels=labels if noisy_label_column is None else _labels(dataset, name, noisy_label_column, rows),
         rows=rows,
         classes=tuple(_class_names(dataset, label_column)),
+        domains=[] if domain_column is None else _labels(dataset, name, domain_column, rows),
     )
 
 
