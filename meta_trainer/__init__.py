@@ -15,8 +15,10 @@ it trains the model::
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.modules import (
+    DomainWeights,
     FeatureWiseTransform,
     InputRotation,
+    LearnedWeightDecay,
     MetaModule,
     MetaModuleList,
     MetaWeightNet,
@@ -26,8 +28,10 @@ from meta_trainer.trainer import MetaTrainer
 from meta_trainer.version import __version__
 
 __all__ = [
+    "DomainWeights",
     "FeatureWiseTransform",
     "InputRotation",
+    "LearnedWeightDecay",
     "MetaModule",
     "MetaModuleList",
     "MetaTrainer",

@@ -14,7 +14,7 @@ from transformers import Trainer
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.hypergrad import TermSum
 from meta_trainer.modules import Batch, MetaModule
-from meta_trainer.modules.meta_module import REFERENCE_LOSSES, REFERENCES
+from meta_trainer.modules.meta_module import BASE_MODEL, EXAMPLE_OF_LOSS, REFERENCE_LOSSES, REFERENCES
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
 from meta_trainer.sharding import local_part
 from meta_trainer.window import Window
@@ -73,8 +73,7 @@ class ObjectiveTrainer(Trainer):
             if not self.meta_module.has_loss_door:
                 return super().compute_loss(model, self._model_inputs(batch), return_outputs, num_items_in_batch)
             losses, outputs = self._per_example_losses(model, batch)
-        if self.meta_module.reference_losses:
-            batch = {**batch, REFERENCE_LOSSES: self._reference.setdefault(REFERENCE_LOSSES, losses.detach())}
+        batch = self._at_loss_door(model, batch, losses, self._reference)
         loss = self.meta_module.reduce(losses, batch, outputs)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else repr(loss)
@@ -95,6 +94,17 @@ class ObjectiveTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> Any:
         """As in Trainer, without the columns that only the meta step reads."""
         return super().prediction_step(model, self._model_inputs(inputs), *args, **kwargs)
+
+    def _at_loss_door(self, model: nn.Module, batch: Batch, losses: Tensor, reference: Batch) -> Batch:
+        """The batch, and what else the loss door may read."""
+        more: Batch = {}
+        if self.meta_module.reference_losses:
+            more[REFERENCE_LOSSES] = reference.setdefault(REFERENCE_LOSSES, losses.detach())
+        if isinstance(self.per_example_loss, PerExampleLoss):
+            more[EXAMPLE_OF_LOSS] = self.per_example_loss.examples(batch["labels"])
+        if self.meta_module.reads_base_model:
+            more[BASE_MODEL] = self.accelerator.unwrap_model(model)
+        return {**batch, **more}
 
     def _per_example_losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         if "labels" not in batch:

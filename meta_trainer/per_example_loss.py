@@ -65,6 +65,14 @@ class PerExampleLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return per_example_losses(logits, labels, self.label_smoothing)
 
+    def examples(self, labels: Tensor) -> Tensor:
+        """Row of the batch that each loss belongs to, ``[N]``, for `labels` as given to the model."""
+        if labels.is_floating_point():
+            return torch.arange(len(labels), device=labels.device)
+        if self.shifts_labels:
+            labels = labels[:, 1:]
+        return (labels != IGNORED).nonzero()[:, 0]
+
 
 def check_agreement(losses: Tensor, model_loss: Tensor) -> None:
     """Raise a ValueError unless the mean of `losses` is the loss that the model itself computed.

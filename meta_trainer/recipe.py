@@ -8,36 +8,53 @@ from typing import Any, Literal
 import yaml
 
 from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.modules.feature_wise_transform import RESIDUAL_NORMS
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.few_shot import FewShotArguments
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.labelled_data import LabelledDataArguments
+from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
-TaskArguments = NerArguments | TextClassificationArguments | ImageClassificationArguments | FewShotArguments
+TaskArguments = (
+    NerArguments
+    | TextClassificationArguments
+    | ImageClassificationArguments
+    | FewShotArguments
+    | LanguageModelingArguments
+)
 TASKS: dict[str, type[TaskArguments]] = {
     "ner": NerArguments,
     "text_classification": TextClassificationArguments,
     "image_classification": ImageClassificationArguments,
     "few_shot": FewShotArguments,
+    "language_modeling": LanguageModelingArguments,
 }
-META_MODULES = ("representation_transform", "meta_weight_net", "input_rotation", "feature_wise_transform")
+TASKS_OF_META_MODULES = {
+    "representation_transform": ("ner",),
+    "meta_weight_net": ("ner", "text_classification", "image_classification", "language_modeling"),
+    "input_rotation": ("image_classification",),
+    "feature_wise_transform": ("few_shot", "image_classification"),
+    "domain_weights": ("text_classification", "language_modeling"),
+    "learned_weight_decay": ("ner", "text_classification", "image_classification", "language_modeling"),
+}
+META_MODULES = tuple(TASKS_OF_META_MODULES)
 
 
 @dataclass
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification", "image_classification", "few_shot"] = field(
+    task: Literal["ner", "text_classification", "image_classification", "few_shot", "language_modeling"] = field(
         default="ner",
         metadata={
             "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong; "
             "image_classification: the same, or with target images that look different; few_shot: images of domains "
-            "that were not trained on."
+            "that were not trained on; language_modeling: on a mixture of sources."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -79,6 +96,14 @@ class MetaModuleArguments:
         metadata={"help": "feature_wise_transform: patterns of the submodules after which it acts."},
     )
 
+    weight_decay_groups: list[str] = field(
+        default_factory=lambda: ["*"],
+        metadata={"help": "learned_weight_decay: name patterns, one for each group of parameters with its own decay."},
+    )
+    initial_weight_decay: float = field(
+        default=1e-4, metadata={"help": "learned_weight_decay: of each group at the beginning."}
+    )
+
     def __post_init__(self) -> None:
         """Refuse unknown meta modules and sizes below one."""
         for name in self.meta_module:
@@ -87,6 +112,8 @@ class MetaModuleArguments:
         for name in ("rtn_bottleneck_size", "weight_net_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` should be at least 1, got {getattr(self, name)}.")
+        if not is_positive(self.initial_weight_decay):
+            raise ValueError(f"`initial_weight_decay` should be a positive number, got {self.initial_weight_decay}.")
 
     @property
     def layers(self) -> list[int | str]:
@@ -205,19 +232,24 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
-    if not isinstance(task, NerArguments) and "representation_transform" in module.meta_module:
+    for name in module.meta_module:
+        if run.task not in TASKS_OF_META_MODULES[name]:
+            suitable = [other for other, tasks in TASKS_OF_META_MODULES.items() if run.task in tasks]
+            raise ValueError(
+                f"meta_module={name!r} is for task={' or '.join(map(repr, TASKS_OF_META_MODULES[name]))}, not for "
+                f"task={run.task!r}. Choose among {', '.join(suitable)}."
+            )
+    if isinstance(task, FewShotArguments) and task.fixed_transform and module.meta_module:
         raise ValueError(
-            "meta_module='representation_transform' transforms the rows of a source language, which task='ner' has and "
-            f"task={run.task!r} has not. Choose 'meta_weight_net'."
+            "`fixed_transform` is for a baseline: the meta module puts a transformation of its own at the same places. "
+            "Leave out one of them."
         )
-    if not isinstance(task, ImageClassificationArguments) and "input_rotation" in module.meta_module:
+    if "domain_weights" in module.meta_module and not _has_domains(task):
         raise ValueError(
-            "meta_module='input_rotation' turns images, which task='image_classification' has and "
-            f"task={run.task!r} has not. Choose 'meta_weight_net'."
+            f"meta_module='domain_weights' weighs the sources of a mixture, of which task={run.task!r} has one "
+            "here. Name the column that tells them by `domain_column`, or, for language models, several `sources`."
         )
-    if isinstance(task, FewShotArguments):
-        _check_few_shot(task, module)
-    trains_on_meta = isinstance(task, LabelledDataArguments) and task.train_on_meta
+    trains_on_meta = isinstance(task, LabelledDataArguments | LanguageModelingArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(
             "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "
@@ -225,15 +257,7 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
         )
 
 
-def _check_few_shot(task: FewShotArguments, module: MetaModuleArguments) -> None:
-    foreign = [name for name in module.meta_module if name != "feature_wise_transform"]
-    if foreign:
-        raise ValueError(
-            f"meta_module={foreign[0]!r} does not go with task='few_shot', whose examples are whole episodes. Choose "
-            "'feature_wise_transform'."
-        )
-    if task.fixed_transform and module.meta_module:
-        raise ValueError(
-            "`fixed_transform` is for a baseline: the meta module puts a transformation of its own at the same places. "
-            "Leave out one of them."
-        )
+def _has_domains(task: TaskArguments) -> bool:
+    if isinstance(task, LanguageModelingArguments) and len(task.sources) > 1:
+        return True
+    return isinstance(task, TextClassificationArguments | LanguageModelingArguments) and task.domain_column is not None

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,22 @@ from transformers.utils import logging
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.checkpoint import check_complete, checkpoints, is_half_written, newest_complete
 from meta_trainer.meter import StepMeter
-from meta_trainer.modules import FeatureWiseTransform, InputRotation, MetaModule, MetaWeightNet, RepresentationTransform
+from meta_trainer.modules import (
+    DomainWeights,
+    FeatureWiseTransform,
+    InputRotation,
+    LearnedWeightDecay,
+    MetaModule,
+    MetaWeightNet,
+    RepresentationTransform,
+)
 from meta_trainer.modules.feature_wise_transform import find_channels
 from meta_trainer.recipe import MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
 from meta_trainer.tasks.few_shot import FewShotArguments, build_few_shot_task
 from meta_trainer.tasks.image_classification import ImageClassificationArguments, build_image_classification_task
+from meta_trainer.tasks.language_modeling import LanguageModelingArguments, build_language_modeling_task
 from meta_trainer.tasks.ner import NerArguments, build_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
@@ -95,14 +104,22 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
             with_meta=with_meta,
             sampling=recipe.training.train_sampling_strategy,
         )
+    if isinstance(recipe.task, LanguageModelingArguments):
+        return build_language_modeling_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
     return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
 
 
-def build_meta_modules(arguments: MetaModuleArguments, model: PreTrainedModel, seed: int) -> list[MetaModule]:
+def build_meta_modules(
+    arguments: MetaModuleArguments, model: PreTrainedModel, seed: int, domains: Sequence[str] = ()
+) -> list[MetaModule]:
     """The meta modules that a recipe names, of the sizes of `model`; the same for the same seed."""
     builders: dict[str, Callable[[], MetaModule]] = {
         "representation_transform": lambda: RepresentationTransform(
             model.config.hidden_size, arguments.rtn_bottleneck_size, arguments.layers, arguments.rtn_initialization
+        ),
+        "domain_weights": lambda: DomainWeights(list(domains)),
+        "learned_weight_decay": lambda: LearnedWeightDecay(
+            arguments.weight_decay_groups, arguments.initial_weight_decay
         ),
         "meta_weight_net": lambda: MetaWeightNet(arguments.weight_net_hidden_size, arguments.weight_net_loss_input),
         "input_rotation": InputRotation,
@@ -122,7 +139,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         training.dataloader_pin_memory = False
     task = build_task(recipe, meta_module_names)
     model = task.model_init()
-    modules = build_meta_modules(recipe.module, model, training.seed) if meta_module_names else []
+    modules = build_meta_modules(recipe.module, model, training.seed, task.domains) if meta_module_names else []
     meter = StepMeter()
     trainer = MetaTrainer(
         model=model,
@@ -135,6 +152,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         processing_class=task.processing_class,
         data_collator=task.data_collator,
         compute_metrics=task.compute_metrics,
+        preprocess_logits_for_metrics=task.preprocess_logits_for_metrics,
         callbacks=[meter],
     )
     # The heads of these tasks average over their batch, whatever number of labels Trainer tells them: it is to divide

@@ -52,6 +52,11 @@ class MetaModuleList(MetaModule):
         return next((member.reference_losses for member in self if member.has_loss_door), None)
 
     @property
+    def reads_base_model(self) -> bool:  # type: ignore[override]
+        """Whether the member at the loss door does."""
+        return any(member.reads_base_model for member in self if member.has_loss_door)
+
+    @property
     def may_be_idle(self) -> bool:  # type: ignore[override]
         """Whether all members may."""
         return all(member.may_be_idle for member in self)

@@ -18,6 +18,13 @@ Batch = dict[str, Any]
 REFERENCE_LOSSES = "reference_losses"
 """Batch key under which the loss door finds per-example losses that are the same for all candidates."""
 
+EXAMPLE_OF_LOSS = "example_of_loss"
+"""Batch key under which the loss door finds, for each of its losses ``[N]``, the row that it belongs to: several losses
+of one example are those of its tokens. Missing with a `per_example_loss` of the user's own."""
+
+BASE_MODEL = "base_model"
+"""Batch key under which the loss door of a module that `reads_base_model` finds the base model."""
+
 REFERENCES = "references"
 """Key of the dictionary that all evaluations of a batch within a meta step share, for :meth:`MetaModule.attach`."""
 
@@ -62,12 +69,15 @@ class MetaModule(
         reference_losses: Which per-example losses :meth:`reduce` finds as ``batch["reference_losses"]``, detached and
             the same for all candidates: ``"shared"``, those of the first candidate; ``"unperturbed"``, those at the
             unperturbed parameters, at the price of one more forward pass; None for none.
+        reads_base_model: Whether :meth:`reduce` reads the model's parameters, as they stand at the candidate. It finds
+            the model as ``batch["base_model"]``. Refused where parameters are spread over several devices.
         may_be_idle: Whether the doors may be shut in the first meta step of a run. If not, it is an error when none of
             the parameters takes part in its training loss.
     """
 
     batch_columns: ClassVar[tuple[str, ...]] = ()
     reference_losses: str | None = None
+    reads_base_model: bool = False
     may_be_idle: bool = False
 
     def transform_batch(self, batch: Batch) -> Batch:

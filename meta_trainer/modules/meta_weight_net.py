@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from meta_trainer.modules.checks import check_size
 from meta_trainer.modules.meta_module import REFERENCE_LOSSES, Batch, MetaModule
+from meta_trainer.modules.weighted_mean import weighted_mean
 
 LOSS_INPUTS = ("shared", "unperturbed", "candidate")
 
@@ -58,10 +58,7 @@ class MetaWeightNet(MetaModule):
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """Weighted mean of the losses ``[N]``."""
-        weights = self._weights(losses, batch)
-        total = weights.sum()
-        # A sigmoid can underflow to zero for the whole batch.
-        return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
+        return weighted_mean(self._weights(losses, batch), losses)
 
     def normalizer(self, losses: Tensor, batch: Batch) -> Tensor:
         """Sum of the weights."""

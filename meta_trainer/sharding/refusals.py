@@ -33,7 +33,7 @@ def check_engine_settings(
         plugin = trainer.accelerator.state.deepspeed_plugin
         engine, reasons = f"DeepSpeed ZeRO-{plugin.zero_stage}", _under_deepspeed(plugin, model, args, meta_module)
     elif trainer.is_fsdp_enabled:
-        engine, reasons = "FSDP", _under_fsdp(trainer, args)
+        engine, reasons = "FSDP", _under_fsdp(trainer, args, meta_module)
     elif os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         logger.warning("FSDP was asked for, but accelerate does not use it on this device: every process has a copy.")
     for found, reason in reasons:
@@ -56,7 +56,7 @@ def _under_deepspeed(
         "micro-batch, while DeepSpeed owns the gradients. Choose larger batches, DDP or FSDP2.",
     )
     if plugin.zero_stage == 3:
-        yield from _of_shards(args)
+        yield from _of_shards(args, meta_module)
         yield from _under_zero3(config.get("zero_optimization", {}), model)
     if args.bf16 or _is_enabled(config.get("bf16")):
         logger.warning(
@@ -77,7 +77,7 @@ def _under_zero3(zero: dict[str, Any], model: nn.Module) -> Iterator[tuple[bool,
     yield leaves, "leaf modules, whose parameters are gathered at once."
 
 
-def _under_fsdp(trainer: Trainer, args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]:
+def _under_fsdp(trainer: Trainer, args: MetaTrainingArguments, meta_module: MetaModule) -> Iterator[tuple[bool, str]]:
     plugin = trainer.accelerator.state.fsdp_plugin
     yield plugin.fsdp_version != 2, "version 1 of it. Set `fsdp_version: 2`."
     yield _offloads(plugin.cpu_offload), "parameters on the CPU. Set `fsdp_offload_params: false`."
@@ -89,7 +89,7 @@ def _under_fsdp(trainer: Trainer, args: MetaTrainingArguments) -> Iterator[tuple
         "apart. Train in float32 (on recent devices with tf32=True), or choose DDP.",
     )
     yield from _of_the_optimizer(args)
-    yield from _of_shards(args)
+    yield from _of_shards(args, meta_module)
 
 
 def _of_the_optimizer(args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]:
@@ -100,7 +100,7 @@ def _of_the_optimizer(args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]
     )
 
 
-def _of_shards(args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]:
+def _of_shards(args: MetaTrainingArguments, meta_module: MetaModule) -> Iterator[tuple[bool, str]]:
     yield (
         args.hypergradient == "t1t2",
         "hypergradient='t1t2', which differentiates twice through whole parameters. Choose 'evograd' or "
@@ -109,6 +109,10 @@ def _of_shards(args: MetaTrainingArguments) -> Iterator[tuple[bool, str]]:
     yield (
         args.share_candidates,
         "`share_candidates`, as all processes evaluate every candidate together. Leave it out.",
+    )
+    yield (
+        meta_module.reads_base_model,
+        f"{type(meta_module).__name__}, which reads whole parameters after the forward pass. Choose DDP or ZeRO-2.",
     )
     yield args.torch_compile, "`torch_compile`, whose graphs keep gathered parameters. Leave it out."
 

@@ -74,6 +74,21 @@ def read_labels(
     return Labels(name, labels, noisy, rows, tuple(classes))
 
 
+def read_names(dataset: Dataset, name: str, rows: list[int], column: str) -> list[str]:
+    """Read what a column calls each row; integers as in :func:`read_labels`.
+
+    Args:
+        dataset: A table.
+        name: What error messages call it.
+        rows: From :func:`used_rows`.
+        column: Column of names.
+
+    Raises:
+        ValueError: If a row has none; it names the row.
+    """
+    return _labels(dataset, name, column, rows, _class_names(dataset, column))
+
+
 def class_names(sets: Iterable[Labels]) -> list[str]:
     """All classes of the sets: those that the first one's label column names, then others in order.
 

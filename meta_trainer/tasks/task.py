@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -25,6 +26,8 @@ class Task:
         main_metric: Name of the score that says which model is better; higher is better.
         pipeline_tag: What the Hub calls the task.
         baseline: What the same run without a meta module is called in tables.
+        domains: Names of the sources that the column ``domain`` of the training rows numbers; empty without one.
+        preprocess_logits_for_metrics: Makes less of the logits of an evaluation batch before they are kept, or None.
         training_labels: Origin and labels of each training row, to be kept beside the model, or None.
     """
 
@@ -39,4 +42,6 @@ class Task:
     main_metric: str
     pipeline_tag: str
     baseline: str
+    domains: tuple[str, ...] = ()
+    preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None = None
     training_labels: Dataset | None = None

@@ -14,16 +14,19 @@ NEEDS_PREFIX_SPACE = ("bloom", "deberta", "gpt2", "longformer", "roberta")
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
 
 
-def load_tokenizer(name: str, model: ModelArguments, words: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, model: ModelArguments, words: bool = False, needs_padding: bool = True
+) -> PreTrainedTokenizerBase:
     """Load a pretrained tokenizer.
 
     Args:
         name: Hub name or local folder.
         model: Whether code of a Hub repository may run.
         words: Whether it is going to be given single words instead of texts.
+        needs_padding: Whether batches are padded.
 
     Raises:
-        ValueError: If it cannot be loaded, or has no padding token.
+        ValueError: If it cannot be loaded, or lacks a padding token that is needed.
     """
     trust = model.trust_remote_code
     try:
@@ -33,7 +36,7 @@ def load_tokenizer(name: str, model: ModelArguments, words: bool = False) -> Pre
     # What the library raises for a wrong name or folder, and without a connection.
     except (OSError, ValueError) as error:
         raise ValueError(f"No tokenizer can be loaded from {name!r}, local folder or Hub: {error}") from error
-    if tokenizer.pad_token is None:
+    if needs_padding and tokenizer.pad_token is None:
         raise ValueError(f"The tokenizer of {name!r} has no padding token; give a tokenizer_name that has one.")
     return tokenizer
 

@@ -24,6 +24,10 @@ class TextClassificationArguments(LabelledDataArguments):
         default=None, metadata={"help": "Instead of data: a parquet, json, jsonl or csv file to train on."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
+    domain_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the training rows that names the source of each, for meta_module=domain_weights."},
+    )
     max_length: int = field(default=128, metadata={"help": "Sub-tokens kept of a text."})
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ from functools import partial
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from meta_trainer.modules.domain_weights import DOMAIN_COLUMN
 from meta_trainer.tasks.classifier import make_config, make_model
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
@@ -43,13 +44,19 @@ def build_text_classification_task(
     joint = arguments.train_on_meta and not with_meta
     train = concatenate_datasets([data.train, data.meta]) if joint else data.train
 
+    train_dataset = encode(train, tokenizer, arguments.max_length)
+    domains: list[str] = []
+    if arguments.domain_column is not None:
+        domains = sorted(set(train["domain"]))
+        train_dataset = train_dataset.add_column(DOMAIN_COLUMN, [domains.index(name) for name in train["domain"]])
+
     def encoded(rows: Dataset | None) -> Dataset | None:
         return None if rows is None else encode(rows, tokenizer, arguments.max_length)
 
     return Task(
         model_init=partial(make_model, AutoModelForSequenceClassification, model, config, seed),
         processing_class=tokenizer,
-        train_dataset=encode(train, tokenizer, arguments.max_length),
+        train_dataset=train_dataset,
         meta_dataset=encoded(data.meta) if with_meta else None,
         eval_dataset=encoded(data.validation),
         test_dataset=encoded(data.test),
@@ -58,6 +65,7 @@ def build_text_classification_task(
         main_metric="accuracy",
         pipeline_tag="text-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        domains=tuple(domains),
         training_labels=train.remove_columns("text"),
     )
 

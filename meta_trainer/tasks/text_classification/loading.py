@@ -18,7 +18,7 @@ class TextData:
     Attributes:
         classes: Names of the classes in the order of their ids.
         train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), ``trusted_label`` and
-            ``is_corrupted``.
+            ``is_corrupted``, and ``domain``, the name of the source, where a column names it.
         meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart.
         validation: Rows of ``text`` and ``label``, or None.
         test: The same, or None.
@@ -60,7 +60,9 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
 
 def _with_texts(texts: Texts, drawn: DrawnRows) -> Dataset:
     columns = drawn.record.to_dict()
-    return Dataset.from_dict({"row": columns.pop("row"), "text": [texts.texts[i] for i in drawn.positions], **columns})
+    own = {"row": columns.pop("row"), "text": [texts.texts[i] for i in drawn.positions]}
+    domains = {"domain": [texts.domains[i] for i in drawn.positions]} if texts.domains else {}
+    return Dataset.from_dict({**own, **columns, **domains})
 
 
 def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
@@ -70,5 +72,6 @@ def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
         dataset, name = generate_corpus(source), f"{GENERATED}, split {source}"
     else:
         dataset, name = read_source(arguments, source)
-    columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
+    own = (arguments.train_label_column, arguments.exclude_column, arguments.domain_column)
+    columns = own if kind == "train" else (None, None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
