@@ -1,0 +1,121 @@
+"""Recipes of image classification, from the file to the run folder."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import yaml
+
+from meta_trainer import InputRotation, MetaWeightNet
+from meta_trainer.cli import main
+from meta_trainer.recipe import read_recipe, recipes_folder
+
+ROTATION, CIFAR = recipes_folder() / "rotation", recipes_folder() / "image_classification"
+RECIPES = sorted([*ROTATION.glob("*.yaml"), *CIFAR.glob("*.yaml")])
+SMALL = {
+    "data": None,
+    "image_column": "image",
+    "image_model": "lenet",
+    "num_meta_examples": 8,
+    "max_train_examples": 24,
+    "random_crop_padding": 2,
+    "image_mean": [0.5],
+    "image_std": [0.5],
+    "per_device_train_batch_size": 4,
+    "per_device_meta_batch_size": 4,
+    "per_device_eval_batch_size": 8,
+    "max_steps": 2,
+    "logging_steps": 1,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def name(file: Path) -> str:
+    return f"{file.parent.name}/{file.stem}"
+
+
+@pytest.fixture
+def run_small(small, tmp_path):
+    """Run a recipe for two steps on forty small images."""
+
+    def run(file: Path, **settings: object) -> Path:
+        files = {kind: getattr(small(), kind) for kind in ("train_file", "test_file")}
+        content = {
+            **yaml.safe_load(file.read_text()),
+            **SMALL,
+            **files,
+            "output_dir": str(tmp_path / "run"),
+            **settings,
+        }
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+        assert main(["train", "--config", str(tmp_path / "recipe.yaml")]) == 0
+        return tmp_path / "run"
+
+    return run
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=name)
+def test_every_recipe_runs_for_two_steps_and_leaves_its_results(run_small, file):
+    run = run_small(file)
+    settings = yaml.safe_load(file.read_text())
+    (result,) = json.loads((run / "results.json").read_text())["results"]
+    assert (result["name"], result["steps"]) == (settings["method"], 2)
+    assert 0 <= result["metrics"]["accuracy"] <= 1
+    labels = pyarrow.parquet.read_table(run / "training_labels.parquet").to_pylist()
+    wrong = round(24 * settings.get("label_noise_share", 0))
+    assert sum(row["is_corrupted"] for row in labels) == wrong
+    if "input_rotation" in settings.get("meta_module", []):
+        angles = [row["meta_module/angle"] for row in result["history"] if "meta_module/angle" in row]
+        module = InputRotation.from_pretrained(run / "meta_module")
+        assert len(angles) == 2
+        assert 0 < abs(module.summary()["angle"].item()) < 2
+    elif "meta_module" in settings:
+        assert isinstance(MetaWeightNet.from_pretrained(run / "meta_module"), MetaWeightNet)
+
+
+def test_a_residual_network_has_the_second_derivatives_of_t1t2(run_small):
+    run = run_small(CIFAR / "meta_weight_net_t1t2.yaml", image_model="resnet8", max_steps=1)
+    (result,) = json.loads((run / "results.json").read_text())["results"]
+    assert result["history"][0]["meta/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(("folder", "differing"), [(ROTATION, {"rotate_train_degrees"}), (CIFAR, {"train_on_meta"})])
+def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on(folder, differing):
+    contents = {file.stem: yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")}
+    plain = contents.pop("plain")
+    for stem, other in contents.items():
+        changed = {key for key in plain if other.get(key) != plain[key]} - {"description", "method"}
+        added = {key for key in other.keys() - plain.keys() if not is_meta(key)}
+        assert changed | added <= (differing if "meta_module" not in other else set()), stem
+
+
+def is_meta(key: str) -> bool:
+    estimator = {"hypergradient", "num_candidates", "sigma", "temperature", "noise", "antithetic", "inner_step"}
+    return key in estimator or key.startswith(("meta_", "per_device_meta", "weight_net", "perturb"))
+
+
+def test_the_target_of_the_matched_digits_is_what_they_are_trained_on():
+    matched = yaml.safe_load((ROTATION / "matched.yaml").read_text())
+    assert matched["rotate_train_degrees"] == matched["rotate_target_degrees"] == 30
+
+
+@pytest.mark.parametrize("grid", sorted([*ROTATION.glob("grids/*.yaml"), *CIFAR.glob("grids/*.yaml")]), ids=name)
+def test_every_grid_names_recipes_and_settings_that_are_valid(grid, tmp_path, monkeypatch):
+    monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
+    (tmp_path / "images").mkdir()
+    content = yaml.safe_load(grid.read_text())
+    for file in (*content["settings"]["train_file"], content["settings"]["test_file"]):
+        (tmp_path / file).touch()
+    for base in content["recipes"].values():
+        for target in content["targets"].values():
+            cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **content["settings"], **target}
+            (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
+            assert read_recipe(str(tmp_path / "cell.yaml"), []).task.train_file == content["settings"]["train_file"]
+
+
+def test_images_alone_can_be_turned(tmp_path):
+    settings = ["--task", "text_classification", "--data", "generated", "--meta_module", "input_rotation"]
+    with pytest.raises(ValueError, match=r"'input_rotation' turns images, .* task='text_classification' has not"):
+        read_recipe(None, [*settings, "--use_cpu", "true", "--output_dir", str(tmp_path)])
