@@ -1,7 +1,6 @@
 """The methods and the meta modules that the benchmark compares, and EvoGrad as its authors' code computes it."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Self
@@ -9,13 +8,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from meta_trainer import MetaModule, MetaTrainer, MetaWeightNet, RepresentationTransform
+from meta_trainer import FeatureWiseTransform, MetaModule, MetaTrainer, MetaWeightNet, RepresentationTransform
 from meta_trainer.hypergrad import Hypergradient
 from meta_trainer.modules import Batch
-from meta_trainer.modules.representation_transform import find_layer
 from meta_trainer.per_example_loss import per_example_losses
 
 NEVER = 10**9
@@ -45,47 +42,6 @@ class Method:
     def with_settings(self, **settings: Any) -> Self:
         """The same method with other settings."""
         return replace(self, settings={**self.settings, **settings})
-
-
-class FeatureWiseNoise(MetaModule):
-    r"""Scale and shift every channel of every block's hidden states by Gaussian noise of learned size.
-
-    A hidden state becomes :math:`\gamma h + \beta` with :math:`\gamma \sim N(1, \mathrm{softplus}(a)^2)` and
-    :math:`\beta \sim N(0, \mathrm{softplus}(b)^2)`, one draw for each channel and forward pass.
-
-    Args:
-        hidden_size: Number of channels.
-        num_layers: Number of blocks.
-
-    References:
-        Tseng et al., `Cross-Domain Few-Shot Classification via Learned Feature-Wise Transformation
-        <https://arxiv.org/abs/2001.08735>`_, ICLR 2020, whose initial values these are.
-    """
-
-    def __init__(self, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.full((num_layers, hidden_size), 0.3))
-        self.shift = nn.Parameter(torch.full((num_layers, hidden_size), 0.5))
-
-    @contextmanager
-    def attach(self, model: nn.Module, batch: Batch) -> Iterator[None]:
-        """Hook every block for one forward pass."""
-        with ExitStack() as stack:
-            for number, (scale, shift) in enumerate(zip(self.scale, self.shift, strict=True), start=1):
-                hook = _noise_hook(F.softplus(scale), F.softplus(shift))
-                stack.callback(find_layer(model, number).register_forward_hook(hook).remove)
-            yield
-
-
-def _noise_hook(scale: Tensor, shift: Tensor) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(module: nn.Module, arguments: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output  # [B, T, H]
-        gamma = 1 + torch.randn_like(scale) * scale  # [H]
-        beta = torch.randn_like(shift) * shift  # [H]
-        transformed = hidden * gamma.to(hidden.dtype) + beta.to(hidden.dtype)
-        return (transformed, *output[1:]) if isinstance(output, tuple) else transformed
-
-    return hook
 
 
 Parameters = Mapping[str, Tensor]
@@ -219,6 +175,8 @@ def _meta_weight_net(config: PreTrainedConfig, method: Method) -> MetaModule:
 MODULES: dict[str, Callable[[PreTrainedConfig, Method], MetaModule]] = {
     "mwn": _meta_weight_net,
     "rtn": lambda config, method: RepresentationTransform(config.hidden_size),
-    "hook": lambda config, method: FeatureWiseNoise(config.hidden_size, config.num_hidden_layers),
+    "hook": lambda config, method: FeatureWiseTransform(
+        [(number + 1, config.hidden_size) for number in range(config.num_hidden_layers)], channel_dim=-1
+    ),
 }
 """Meta modules by name, made for a model's configuration and a method."""
