@@ -20,14 +20,23 @@ from meta_trainer.cli import main
 from meta_trainer.recipe import META_MODULES, MetaModuleArguments, Recipe, RunArguments, read_recipe
 from meta_trainer.settings_parser import COMMON_TRAINING_FIELDS
 from meta_trainer.tasks import ModelArguments
+from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 SOUND = {
     "ner": {"task": "ner", "source_data": "generated", "target_data": "generated"},
     "text_classification": {"task": "text_classification", "data": "generated"},
+    "language_modeling": {"task": "language_modeling", "sources": ["a=generated", "b=generated"]},
 }
-OURS = (RunArguments, NerArguments, TextClassificationArguments, ModelArguments, MetaModuleArguments)
+OURS = (
+    RunArguments,
+    NerArguments,
+    TextClassificationArguments,
+    LanguageModelingArguments,
+    ModelArguments,
+    MetaModuleArguments,
+)
 OUR_KEYS = sorted(
     {f.name for kind in OURS for f in fields(kind)}
     | ({f.name for f in fields(MetaTrainingArguments)} - {f.name for f in fields(TrainingArguments)})
