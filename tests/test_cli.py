@@ -12,8 +12,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from meta_trainer import MetaModuleList, MetaTrainer, RepresentationTransform
+from meta_trainer import MetaModule, MetaModuleList, MetaTrainer, RepresentationTransform
 from meta_trainer.cli import main
+from meta_trainer.recipe import find_recipe
 
 TINY = {
     "source_data": "generated",
@@ -86,6 +87,22 @@ def test_a_resumed_run_ends_in_the_same_bytes(recipe, tmp_path):
     for name in ("model.safetensors", "meta_module/model.safetensors"):
         assert (straight / name).read_bytes() == (stopped / name).read_bytes()
     assert isinstance(MetaModuleList.from_pretrained(stopped / "meta_module"), MetaModuleList)
+
+
+@pytest.mark.parametrize("name", ["metaxl_with_weights_evograd", "meta_weight_net_evograd"])
+def test_the_recipes_with_a_weight_net_run_two_steps(recipe, tmp_path, name):
+    base = yaml.safe_load(find_recipe(f"ner/{name}.yaml").read_text())
+    data = {"model_name_or_path": None, "source_subset": None, "target_subset": None, "eval_strategy": "no"}
+    short = {"max_steps": 2, "logging_steps": 1, "save_strategy": "no", "load_best_model_at_end": False}
+    both = {"rtn_layers": "-1"} if "rtn_layers" in base else {}
+    own = {key: TINY[key] for key in TINY if not key.startswith(("rtn", "meta_module"))}
+    file = recipe(**{**base, **own, **data, **short, **both, "metric_for_best_model": None, "meta_learning_rate": 0.01})
+    assert main(["train", "--config", file]) == 0
+    modules = MetaModule.from_pretrained(tmp_path / "run" / "meta_module")
+    kinds = [type(member).__name__ for member in getattr(modules, "members", [modules])]
+    assert kinds == ["RepresentationTransform", "MetaWeightNet"][2 - len(kinds) :]
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["results"][0]["history"]
+    assert all(entry["meta/skipped"] == 0 for entry in history if "loss" in entry)
 
 
 def test_a_run_that_gets_sigterm_saves_and_says_how_to_go_on(recipe, tmp_path, capfd, monkeypatch):

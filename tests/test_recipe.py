@@ -149,12 +149,17 @@ def test_every_listed_recipe_is_valid_and_says_how_it_is_run(name):
     assert name in find_recipe(name).read_text().splitlines()[0]
 
 
-def test_the_three_ner_recipes_differ_only_in_what_is_meta_learned():
-    assert len(NER) == 3
+def test_the_ner_recipes_differ_only_in_what_is_meta_learned():
     contents = {file.stem: yaml.safe_load(file.read_text()) for file in NER}
     joint, evograd, t1t2 = (contents[name] for name in ("joint_training", "metaxl_evograd", "metaxl_t1t2"))
     own = {"description", "method"}
     assert all(joint[key] == evograd[key] == t1t2[key] for key in joint if key not in own)
+    evograds = [recipe for name, recipe in contents.items() if name.endswith("_evograd")]
+    assert len(evograds) == 3
+    for other in evograds:
+        assert all(joint[key] == other[key] for key in joint if key not in own)
+        shared = evograd.keys() & other.keys() - own - {"meta_module"}
+        assert all(evograd[key] == other[key] for key in shared)
     estimator = {"hypergradient", "num_candidates", "sigma", "temperature", "noise"}
     assert all(evograd.get(key) == t1t2.get(key) for key in evograd if key not in own | estimator)
 
@@ -175,3 +180,19 @@ def test_a_transform_of_source_rows_needs_a_task_that_has_them(tmp_path):
     settings += ["--meta_module", "representation_transform"]
     with pytest.raises(ValueError, match="which task='ner' has and task='text_classification' has not"):
         read_recipe(None, settings)
+
+
+def test_the_grid_of_compositions_names_recipes_and_settings_that_are_valid(tmp_path, monkeypatch):
+    monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
+    grid = yaml.safe_load((recipes_folder() / "ner" / "grids" / "composition.yaml").read_text())
+    (tmp_path / "ner").mkdir()
+    files = [grid["settings"]["source_train_file"], *grid["targets"]["qu"].values()]
+    for name in files:
+        (tmp_path / name).touch()
+    modules = []
+    for base in grid["recipes"].values():
+        cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **grid["settings"], **grid["targets"]["qu"]}
+        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
+        modules.append(read_recipe(str(tmp_path / "cell.yaml"), []).module.meta_module)
+    rtn, weights = "representation_transform", "meta_weight_net"
+    assert modules == [[], [rtn], [weights], [rtn, weights]]

@@ -1,5 +1,6 @@
 """Settings that meta steps do not run with under an engine are refused before training."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 from tiny import HiddenShift, PointClassifier, arguments, weight_net
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
+from meta_trainer import LearnedWeightDecay
 from meta_trainer.sharding import check_engine_settings
 
 
@@ -91,6 +93,24 @@ def test_leaf_modules_of_the_model_itself_are_refused(tmp_path):
     model.body._z3_leaf = True
     with pytest.raises(NotImplementedError, match="with leaf modules"):
         check(trainer_under(deepspeed=zero(3)), tmp_path, model=model)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "refused"),
+    [
+        (trainer_under(fsdp=fsdp()), True),
+        (trainer_under(deepspeed=zero(3)), True),
+        (trainer_under(deepspeed=zero(2)), False),
+        (trainer_under(), False),
+    ],
+)
+def test_a_loss_door_that_reads_the_model_needs_whole_parameters(tmp_path, trainer, refused):
+    with (
+        pytest.raises(NotImplementedError, match="with LearnedWeightDecay, which reads whole parameters")
+        if refused
+        else nullcontext()
+    ):
+        check(trainer, tmp_path, LearnedWeightDecay())
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

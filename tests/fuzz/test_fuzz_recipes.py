@@ -21,6 +21,7 @@ from meta_trainer.recipe import META_MODULES, MetaModuleArguments, Recipe, RunAr
 from meta_trainer.settings_parser import COMMON_TRAINING_FIELDS
 from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
+from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
@@ -28,11 +29,17 @@ SOUND = {
     "ner": {"task": "ner", "source_data": "generated", "target_data": "generated"},
     "text_classification": {"task": "text_classification", "data": "generated"},
     "image_classification": {"task": "image_classification", "data": "ylecun/mnist"},
+    "language_modeling": {"task": "language_modeling", "sources": ["a=generated", "b=generated"]},
 }
 OURS = (
-    RunArguments, NerArguments, TextClassificationArguments, ImageClassificationArguments, ModelArguments,
+    RunArguments,
+    NerArguments,
+    TextClassificationArguments,
+    ImageClassificationArguments,
+    LanguageModelingArguments,
+    ModelArguments,
     MetaModuleArguments,
-)  # fmt: skip
+)
 OUR_KEYS = sorted(
     {f.name for kind in OURS for f in fields(kind)}
     | ({f.name for f in fields(MetaTrainingArguments)} - {f.name for f in fields(TrainingArguments)})

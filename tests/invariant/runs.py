@@ -27,7 +27,7 @@ from tiny import (  # the path has to be known first
     weight_net,
 )
 
-from meta_trainer import MetaModule, MetaTrainer
+from meta_trainer import DomainWeights, LearnedWeightDecay, MetaModule, MetaTrainer
 
 EXACT = {"rtol": 0.0, "atol": 0.0}
 ROUNDING = {"rtol": 1e-5, "atol": 1e-8}
@@ -35,6 +35,14 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-8}
 
 SINGLE = {"rtol": 1e-3, "atol": 2e-6}
 """The same where the model computes its loss in single precision."""
+
+
+class TokenDomains(DomainWeights):
+    """Domain weights that tell the domain of a row by its first token."""
+
+    def transform_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "domain": batch["input_ids"][:, 0] % len(self.domains)}
+
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "evograd": {"num_candidates": 4, "sigma": 1e-2},
@@ -48,6 +56,8 @@ MODULES = {
     "mean_loss": MeanLoss,
     "weight_net": weight_net,
     "hidden_shift": HiddenShift,
+    "domain_weights": lambda: TokenDomains(["a", "b", "c"]),
+    "weight_decay": lambda: LearnedWeightDecay(initial_decay=0.01),
     "both": lambda: [weight_net(), HiddenShift()],
 }
 

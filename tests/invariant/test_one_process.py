@@ -59,7 +59,16 @@ ACCUMULATED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize(("module", "perturb"), [("weight_net", "head"), ("hidden_shift", "head"), ("both", "all")])
+@pytest.mark.parametrize(
+    ("module", "perturb"),
+    [
+        ("weight_net", "head"),
+        ("hidden_shift", "head"),
+        ("both", "all"),
+        ("domain_weights", "head"),
+        ("weight_decay", "all"),
+    ],
+)
 def test_eight_micro_batches_are_one_batch(tmp_path, estimator, module, perturb):
     settings = {"module": module, "estimator": estimator, "perturb": [perturb], "max_steps": 3}
     _, before, expected = trained(tmp_path / "one", **settings)
@@ -69,8 +78,9 @@ def test_eight_micro_batches_are_one_batch(tmp_path, estimator, module, perturb)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_eight_micro_batches_of_differing_numbers_of_tokens_are_one_batch(tmp_path, estimator):
-    settings = {"module": "weight_net", "decoder": True, "estimator": estimator, "max_steps": 3}
+@pytest.mark.parametrize("module", ["weight_net", "domain_weights"])
+def test_eight_micro_batches_of_differing_numbers_of_tokens_are_one_batch(tmp_path, estimator, module):
+    settings = {"module": module, "decoder": True, "estimator": estimator, "max_steps": 3}
     _, before, expected = trained(tmp_path / "one", **settings)
     _, _, found = trained(tmp_path / "eight", **ACCUMULATED, **settings)
     assert moved(before["lambda"], expected["lambda"]) > 1e-3

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from meta_trainer import MetaTrainer, MetaWeightNet
+from meta_trainer import DomainWeights, MetaTrainer, MetaWeightNet
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
 from meta_trainer.tasks.text_classification import TextClassificationArguments
@@ -77,6 +77,49 @@ def test_a_run_leaves_model_meta_module_card_labels_and_results(tmp_path, card_t
     assert len(pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet")) == 80
 
 
+def test_a_column_of_sources_is_weighed(tmp_path, card_tasks):
+    rows = [
+        {"text": f"a {kind} text {i}", "label": kind, "origin": f"site {i % 3}"} for i, kind in enumerate("ab" * 30)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    settings = {"data": None, "train_file": str(file), "test_file": str(file), "domain_column": "origin"}
+    config = recipe(tmp_path, **settings, meta_module="domain_weights", eval_strategy="no", max_train_examples=None)
+    assert main(["train", "--config", config]) == 0
+    module = DomainWeights.from_pretrained(tmp_path / "run" / "meta_module")
+    assert module.domains == ["site 0", "site 1", "site 2"]
+    assert module.all_weights().std() > 0
+    labels = pyarrow.parquet.read_table(tmp_path / "run" / "training_labels.parquet").to_pylist()
+    assert all(row["domain"] == rows[row["row"]]["origin"] for row in labels)
+
+
+WEIGHT_DECAY = recipes_folder() / "weight_decay"
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in WEIGHT_DECAY.glob("*.yaml")))
+def test_the_recipes_of_learned_weight_decay_run(tmp_path, name):
+    base = yaml.safe_load((WEIGHT_DECAY / f"{name}.yaml").read_text())
+    keys = ("meta_module", "perturb", "label_noise", "label_noise_share", "eval_strategy", "logging_steps")
+    own = {key: value for key, value in TINY.items() if key not in keys}
+    clean = {"label_noise": "none", "label_noise_share": 0.0, "label_column": "label"}
+    short = {"max_steps": 2, "logging_steps": 1, "perturb": "all", "meta_module": base.get("meta_module", [])}
+    config = recipe(tmp_path, **{**base, **own, **clean, **short})
+    assert main(["train", "--config", config]) == 0
+    history = json.loads((tmp_path / "run" / "results.json").read_text())["results"][0]["history"]
+    logged = {key for key in history[0] if key.startswith("meta_module/weight_decay")}
+    assert len(logged) == 3 * ("meta_module" in base)
+
+
+def test_the_recipes_of_learned_weight_decay_differ_only_in_what_is_meta_learned_or_trained_on():
+    contents = {file.stem: yaml.safe_load(file.read_text()) for file in WEIGHT_DECAY.glob("*.yaml")}
+    plain = contents.pop("plain")
+    assert set(contents) == {"plain_with_meta_set", "evograd", "t1t2", "best"}
+    for name, other in contents.items():
+        learned = {"weight_decay"} if "meta_module" in other else set()
+        assert {k for k in plain if other.get(k) != plain[k]} == {"description", "method", *learned}, name
+        assert other["weight_decay"] == (0 if learned else plain["weight_decay"])
+
+
 def test_the_task_says_which_keys_there_are(tmp_path):
     assert isinstance(read_recipe(recipe(tmp_path), []).task, TextClassificationArguments)
     from_command_line = ["--task", "text_classification", "--data", "generated", "--use_cpu", "true"]
@@ -126,7 +169,7 @@ def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_
 def test_every_grid_names_recipes_and_settings_that_are_valid(tmp_path, monkeypatch):
     monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
     (tmp_path / "text").mkdir()
-    for file in (FOLDER / "grids").glob("*.yaml"):
+    for file in (*(FOLDER / "grids").glob("*.yaml"), *(WEIGHT_DECAY / "grids").glob("*.yaml")):
         grid = yaml.safe_load(file.read_text())
         for name in ("train_file", "test_file"):
             (tmp_path / grid["settings"][name]).touch()
