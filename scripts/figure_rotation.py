@@ -1,6 +1,6 @@
 """Draw how the angle of a learned rotation was found, from the runs' results.
 
-    python scripts/figure_rotation.py runs/rotation/30° --method "EvoGrad, guided"
+    python scripts/figure_rotation.py runs/rotation/30° --method "EvoGrad, two pairs"
 
 The folder is that of a target of `recipes/rotation/grids/mnist.yaml`: one folder for each method, one in it for each
 seed. The left panel has the angle over training of every seed and the true angle; beside it are digits to train on,
@@ -118,8 +118,8 @@ def _draw_angles(axes: Axes, runs: Sequence[Run]) -> None:
     truth = runs[0].settings["rotate_target_degrees"] - runs[0].settings["rotate_train_degrees"]
     axes.axhline(truth, color=COLOURS[1], linestyle="--", linewidth=1.5)
     axes.annotate(
-        f"angle of the target: {truth:g}°", (1, truth), (0, 4), xycoords=("axes fraction", "data"),
-        textcoords="offset points", ha="right", va="bottom", color=COLOURS[1],
+        f"angle of the target: {truth:g}°", (1, truth), (0, -14), xycoords=("axes fraction", "data"),
+        textcoords="offset points", ha="right", va="top", color=COLOURS[1],
     )  # fmt: skip
     for run in runs:
         axes.plot(run.steps, run.angles, color=COLOURS[0], alpha=0.6, linewidth=1.2)
