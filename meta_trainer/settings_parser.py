@@ -24,6 +24,9 @@ COMMON_TRAINING_FIELDS = frozenset(
     }
 )  # fmt: skip
 
+NONE_IS_A_VALUE = frozenset({"meta_guard"})
+"""Optional settings for which 'none' is one of the values, and not the absence of one."""
+
 
 class SettingsParser(HfArgumentParser):
     """Parse settings into dataclasses.
@@ -42,6 +45,7 @@ class SettingsParser(HfArgumentParser):
         self._trainer_fields = set(get_type_hints(TrainingArguments))
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
+        self._emptied_by_none = self._optional - self._trainer_fields - NONE_IS_A_VALUE
         self._number_or_word = {name for name, hint in hints.items() if {float, str} <= {*get_args(hint)}}
         self._truth_values = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         self._mappings = {
@@ -87,7 +91,7 @@ class SettingsParser(HfArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """The value of one argument; `none` empties a setting that may be empty."""
-        if arg_string == "none" and action.dest in self._optional and action.dest not in self._trainer_fields:
+        if arg_string == "none" and action.dest in self._emptied_by_none:
             return None
         if action.dest in self._number_or_word and action.dest not in self._trainer_fields:
             with suppress(ValueError):

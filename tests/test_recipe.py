@@ -48,6 +48,13 @@ def test_none_empties_an_optional_setting(tmp_path):
     assert recipe.task.max_target_examples is None
 
 
+def test_a_guard_of_none_is_no_guard_and_not_the_default(tmp_path):
+    file = recipe_file(tmp_path, noise="guided", meta_guard="none")
+    assert read_recipe(file, []).training.meta_guard == "none"
+    assert read_recipe(recipe_file(tmp_path, noise="guided"), ["--meta_guard", "none"]).training.meta_guard == "none"
+    assert read_recipe(recipe_file(tmp_path, noise="guided"), []).training.meta_guard == "ascent"
+
+
 def test_the_output_folder_is_named_after_the_recipe(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump({**GENERATED, "use_cpu": True}))

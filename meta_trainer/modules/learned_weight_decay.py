@@ -25,11 +25,13 @@ class LearnedWeightDecay(MetaModule):
 
     The penalty is on matrices and tensors of more dimensions; biases and the scales of norms, which are vectors, are
     left alone. It takes part in the gradient, so that Adam scales it as it scales the gradient: set the optimizer's own
-    `weight_decay`, which it does not scale, to zero.
+    `weight_decay`, which it does not scale, to zero, and leave embeddings out, as those of words that no batch has get
+    no gradient but the penalty's, which Adam makes full steps of.
 
     Only what the inner step moves can teach a decay. With ``perturb: head``, candidates differ in the norm of the head
     alone; the decay of a group that has nothing in the scope gets no hypergradient and stays as it is, although its
-    penalty acts on the base step.
+    penalty acts on the base step. Likewise, a single inner step does not see what decay does to weights in front of a
+    layer norm, whose scale has no effect at once: expect most of what is learned in the layers after the last norm.
 
     Args:
         groups: Patterns of parameter names with the wildcards of `fnmatch`, one for each group; a pattern that names a

@@ -57,7 +57,7 @@ MODULES = {
     "weight_net": weight_net,
     "hidden_shift": HiddenShift,
     "domain_weights": lambda: TokenDomains(["a", "b", "c"]),
-    "weight_decay": lambda: LearnedWeightDecay(initial_decay=0.01),
+    "weight_decay": lambda: LearnedWeightDecay(["classifier", "*"], initial_decay=1.0),
     "both": lambda: [weight_net(), HiddenShift()],
 }
 
