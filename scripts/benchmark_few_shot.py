@@ -133,6 +133,7 @@ def measure(backbone: str, options: Options) -> list[dict[str, Any]]:
             "backbone": backbone,
             "method": method,
             "step_ms": statistics.median(cost.wall_ms for cost in timed),
+            "cpu_ms": statistics.median(cost.cpu_ms for cost in timed),
             "step_mib": counted.step_bytes / MIB,
             "held_mib": counted.held_bytes / MIB,
         }
