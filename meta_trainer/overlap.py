@@ -11,6 +11,9 @@ from meta_trainer.modules import Batch
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64
 """A number of well-mixed bits: multiples of it look random."""
 
+_BLOCK = 2**18
+"""Numbers that are mixed at a time: images have millions, and each takes several integers of 8 bytes."""
+
 
 def overlap(train_batch: Batch, meta_batch: Batch, input_name: str) -> Tensor | None:
     """Share of the examples in `meta_batch` whose input is in `train_batch`, too.
@@ -38,12 +41,20 @@ def _fingerprints(batch: Batch, input_name: str) -> Tensor | None:
     bits = values.contiguous()
     if values.is_floating_point():
         bits = bits.view(INTEGERS[values.itemsize])
-    bits = bits.long() + 1  # a token of number 0 counts as well
+    rows = bits.reshape(len(bits), -1)  # [N, L]
     mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.shape == values.shape:
-        bits = bits * mask.long()
-    rows = bits.reshape(len(bits), -1)
-    positions = torch.arange(1, rows.shape[1] + 1, device=rows.device)
+    kept = mask.reshape(rows.shape) if isinstance(mask, Tensor) and mask.shape == values.shape else None
+    total = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    width = max(1, _BLOCK // max(1, len(rows)))
+    for start in range(0, rows.shape[1], width):
+        part = rows[:, start : start + width].long() + 1  # a token of number 0 counts as well
+        total += _mixed(part if kept is None else part * kept[:, start : start + width].long(), start)
+    return total
+
+
+def _mixed(rows: Tensor, start: int) -> Tensor:
+    """Sum over positions of what a number and its position, from `start` on, mix to; nothing for zero. ``[N]``."""
+    positions = torch.arange(start + 1, start + rows.shape[1] + 1, device=rows.device)
     # Integers wrap around. Without the shift, sums of products could be told from few numbers of the row.
     mixed = rows * _GOLDEN_RATIO + positions * (_GOLDEN_RATIO >> 7)
     mixed = (mixed ^ (mixed >> 29)) * (_GOLDEN_RATIO >> 3)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from meta_trainer import overlap as overlap_module
 from meta_trainer.overlap import overlap
 
 
@@ -59,3 +60,13 @@ def test_labels_do_not_count():
 def test_a_batch_without_the_column_has_no_answer(batch):
     assert share(tokens([[1]], 1), batch) is None
     assert share(batch, tokens([[1]], 1)) is None
+
+
+def test_what_is_mixed_block_by_block_is_the_same(monkeypatch):
+    images = torch.rand(3, 3, 7, 7)
+    whole = overlap_module._fingerprints({"pixel_values": images}, "pixel_values")
+    monkeypatch.setattr(overlap_module, "_BLOCK", 50)
+    assert torch.equal(overlap_module._fingerprints({"pixel_values": images}, "pixel_values"), whole)
+    padded = tokens([[5, 6, 7], [0, 2], [9]], 40)
+    monkeypatch.setattr(overlap_module, "_BLOCK", 6)
+    assert share(padded, tokens([[9], [5, 6]], 4)) == 0.5
