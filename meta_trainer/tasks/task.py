@@ -25,7 +25,9 @@ class Task:
         main_metric: Name of the score that says which model is better; higher is better.
         pipeline_tag: What the Hub calls the task.
         baseline: What the same run without a meta module is called in tables.
-        training_labels: Origin and labels of each training row, to be kept beside the model, or None.
+        training_labels: One row for each training row, or for each labelled token of them, in their order: ``row``
+            (number in the file, from 0), what a reader recognises it by, ``label`` and, where it is known,
+            ``trusted_label`` and ``is_corrupted``. Kept beside the model. None where a task knows nothing of that kind.
     """
 
     model_init: Callable[[], PreTrainedModel]

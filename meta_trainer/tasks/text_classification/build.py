@@ -1,5 +1,6 @@
 """Text classification with noisy labels as a task."""
 
+from collections.abc import Sequence
 from functools import partial
 
 from datasets import Dataset, concatenate_datasets
@@ -58,8 +59,14 @@ def build_text_classification_task(
         main_metric="accuracy",
         pipeline_tag="text-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
-        training_labels=train.remove_columns("text"),
+        training_labels=_with_class_names(train, data.classes),
     )
+
+
+def _with_class_names(rows: Dataset, classes: Sequence[str]) -> Dataset:
+    """Labels by name, as a reader looks them up."""
+    names = {column: [classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
+    return Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
 
 
 def _make_tokenizer(model: ModelArguments, data: TextData) -> PreTrainedTokenizerBase:

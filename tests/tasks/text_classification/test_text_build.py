@@ -40,8 +40,9 @@ def test_batches_hold_what_the_model_takes_and_nothing_of_the_noise(generated, t
 
 def test_the_record_of_the_labels_goes_with_the_training_rows(generated, tiny_model):
     task = build(generated(label_noise="uniform", label_noise_share=0.5), tiny_model)
-    assert task.training_labels.column_names == ["row", "label", "trusted_label", "is_corrupted"]
-    assert task.training_labels["label"] == task.train_dataset["labels"]
+    assert task.training_labels.column_names == ["row", "text", "label", "trusted_label", "is_corrupted"]
+    names = task.model_init().config.id2label
+    assert list(task.training_labels["label"]) == [names[label] for label in task.train_dataset["labels"]]
     assert sum(task.training_labels["is_corrupted"]) == len(task.train_dataset) / 2
 
 

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 
 from meta_trainer import MetaTrainer, MetaWeightNet
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
 from meta_trainer.tasks.text_classification import TextClassificationArguments
+from meta_trainer.tasks.text_classification.corpus import generate_corpus
 
 FOLDER = recipes_folder() / "text_classification"
+TOPICS = ("business", "culture", "science", "sport")
 TINY = {
     "task": "text_classification",
     "data": "generated",
@@ -70,11 +73,33 @@ def test_a_run_leaves_model_meta_module_card_labels_and_results(tmp_path, card_t
     assert all(0 <= result["metrics"]["macro_f1"] <= 1 for result in results["results"])
     assert card_tasks == ["text-classification"] * 2
 
-    labels = pyarrow.parquet.read_table(run / "training_labels.parquet").to_pylist()
-    assert len(labels) == 60
-    assert sum(row["is_corrupted"] for row in labels) == 24
-    assert all(row["is_corrupted"] == (row["label"] != row["trusted_label"]) for row in labels)
-    assert len(pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet")) == 80
+    baseline = pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet").to_pylist()
+    assert len(baseline) == 80
+    assert baseline[0].keys() == {"row", "text", "label", "trusted_label", "is_corrupted"}
+
+
+def test_a_run_that_weighs_examples_leaves_their_weights_in_the_place_of_their_labels(tmp_path):
+    assert main(["train", "--config", recipe(tmp_path)]) == 0
+    run = tmp_path / "run"
+    rows = pyarrow.parquet.read_table(run / "training_weights.parquet").to_pylist()
+    assert len(rows) == 60
+    assert sum(row["is_corrupted"] for row in rows) == 24
+    assert all(row["is_corrupted"] == (row["label"] != row["trusted_label"]) for row in rows)
+    assert {name for row in rows for name in (row["label"], row["predicted_label"])} <= set(TOPICS)
+    assert [row["weight"] for row in rows] == sorted(row["weight"] for row in rows)
+    corpus = generate_corpus("train")
+    assert all(corpus[row["row"]]["text"] == row["text"] for row in rows)
+    assert not (run / "training_labels.parquet").exists()
+    assert (run / "weights.png").is_file()
+
+    # The saved meta module gives the weights of the file, by the losses of the file.
+    module = MetaWeightNet.from_pretrained(run / "meta_module")
+    losses, weights = (torch.tensor([row[name] for row in rows]) for name in ("loss", "weight"))
+    torch.testing.assert_close(module(losses).detach(), weights, check_dtype=False)
+    (result,) = json.loads((run / "results.json").read_text())["results"]
+    assert 0 <= result["metrics"]["corrupted_auc"] <= 1
+    assert 0 <= result["metrics"]["corrupted_auc_by_loss"] <= 1
+    assert result["history"][0]["meta_module/weight_at_loss_0.5"] > 0
 
 
 def test_the_task_says_which_keys_there_are(tmp_path):
