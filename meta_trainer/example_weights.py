@@ -69,7 +69,7 @@ def weigh_examples(trainer: MetaTrainer, dataset: Dataset[Any]) -> ExampleWeight
             gathered.append([column.cpu().numpy() for column in trainer.accelerator.gather_for_metrics(padded)])
     start, parts = 0, []
     for mask, *values in gathered:
-        valid = mask.astype(bool)  # padding makes integers of it
+        valid = mask.astype(bool)
         parts.append([np.nonzero(valid)[0] + start, *(column[valid] for column in values)])
         start += len(valid)
     return ExampleWeights(*(np.concatenate(part) for part in zip(*parts, strict=True)))
@@ -128,7 +128,8 @@ def _weigh_batch(trainer: MetaTrainer, batch: dict[str, Any]) -> tuple[Tensor, .
     predictions = (
         logits.argmax(dim=-1).reshape(valid.shape) if classes else torch.full_like(valid, UNKNOWN, dtype=torch.long)
     )
-    return valid, _laid_out(losses, valid), _laid_out(weights, valid), predictions
+    # Padding to the length of another process's batch would make integers of booleans here and not there.
+    return valid.long(), _laid_out(losses, valid), _laid_out(weights, valid), predictions
 
 
 def _laid_out(values: Tensor, valid: Tensor) -> Tensor:
