@@ -11,11 +11,17 @@ from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.settings_parser import SettingsParser
 from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.ner import NerArguments
+from meta_trainer.tasks.noisy_data import NoisyDataArguments
+from meta_trainer.tasks.noisy_ner import NoisyNerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
-TaskArguments = NerArguments | TextClassificationArguments
-TASKS: dict[str, type[TaskArguments]] = {"ner": NerArguments, "text_classification": TextClassificationArguments}
+TaskArguments = NerArguments | NoisyNerArguments | TextClassificationArguments
+TASKS: dict[str, type[TaskArguments]] = {
+    "ner": NerArguments,
+    "noisy_ner": NoisyNerArguments,
+    "text_classification": TextClassificationArguments,
+}
 META_MODULES = ("representation_transform", "meta_weight_net")
 
 
@@ -23,10 +29,11 @@ META_MODULES = ("representation_transform", "meta_weight_net")
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification"] = field(
+    task: Literal["ner", "noisy_ner", "text_classification"] = field(
         default="ner",
         metadata={
-            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong."
+            "help": "ner: cross-lingual named entity recognition; noisy_ner: with tags that may be wrong; "
+            "text_classification: with labels that may be wrong."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -62,6 +69,10 @@ class MetaModuleArguments:
     weight_net_loss_input: Literal["shared", "unperturbed", "candidate"] = field(
         default="shared",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
+    )
+    weight_net_level: Literal["token", "sentence"] = field(
+        default="token",
+        metadata={"help": "meta_weight_net: of a tagged sentence, weigh each token or the whole, by its mean loss."},
     )
 
     def __post_init__(self) -> None:
@@ -190,12 +201,12 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModuleArguments) -> None:
     if run.compare_with_baseline and not module.meta_module:
         raise ValueError("`compare_with_baseline` needs a `meta_module`: without one the run is the baseline.")
-    if isinstance(task, TextClassificationArguments) and "representation_transform" in module.meta_module:
+    if isinstance(task, NoisyDataArguments) and "representation_transform" in module.meta_module:
         raise ValueError(
             "meta_module='representation_transform' transforms the rows of a source language, which task='ner' has and "
-            "task='text_classification' has not. Choose 'meta_weight_net'."
+            f"task={run.task!r} has not. Choose 'meta_weight_net'."
         )
-    trains_on_meta = isinstance(task, TextClassificationArguments) and task.train_on_meta
+    trains_on_meta = isinstance(task, NoisyDataArguments) and task.train_on_meta
     if trains_on_meta and module.meta_module and not run.compare_with_baseline:
         raise ValueError(
             "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "

@@ -19,10 +19,12 @@ from meta_trainer.checkpoint import check_complete, checkpoints, is_half_written
 from meta_trainer.example_weights import weigh_examples
 from meta_trainer.meter import StepMeter
 from meta_trainer.modules import MetaModule, MetaWeightNet, RepresentationTransform
+from meta_trainer.per_example_loss import PerSentenceLoss
 from meta_trainer.recipe import MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
 from meta_trainer.tasks.ner import NerArguments, build_ner_task
+from meta_trainer.tasks.noisy_ner import NoisyNerArguments, build_noisy_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
 from meta_trainer.weights_report import report_weights
@@ -84,6 +86,8 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
             meta_batch_size=recipe.training.per_device_meta_batch_size,
             mark_source="representation_transform" in meta_module_names,
         )
+    if isinstance(recipe.task, NoisyNerArguments):
+        return build_noisy_ner_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
     return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
 
 
@@ -110,6 +114,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
     task = build_task(recipe, meta_module_names)
     model = task.model_init()
     modules = build_meta_modules(recipe.module, model, training.seed) if meta_module_names else []
+    whole_sentences = "meta_weight_net" in meta_module_names and recipe.module.weight_net_level == "sentence"
     meter = StepMeter()
     trainer = MetaTrainer(
         model=model,
@@ -117,6 +122,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         # A single module is saved under its own name, not as a list of one.
         meta_module=modules[0] if len(modules) == 1 else modules or None,
         meta_dataset=task.meta_dataset,
+        per_example_loss=PerSentenceLoss(model, training.label_smoothing_factor) if whole_sentences else None,
         train_dataset=task.train_dataset,
         eval_dataset=task.eval_dataset,
         processing_class=task.processing_class,

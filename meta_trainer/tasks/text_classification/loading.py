@@ -44,7 +44,7 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
         ValueError: If a set cannot be loaded, or is too small for what is to be drawn from it.
     """
     train = _load(arguments, "train")
-    others = {kind: _load(arguments, kind) for kind in ("validation", "test") if _source(arguments, kind)}
+    others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.source(kind)}
     classes = class_names([train, *others.values()])
     ids = {name: number for number, name in enumerate(classes)}
     trusted = np.array([ids[label] for label in train.labels])  # [N]
@@ -84,15 +84,9 @@ def _training_rows(texts: Texts, chosen: np.ndarray, trusted: np.ndarray, labels
     )
 
 
-def _source(arguments: TextClassificationArguments, kind: str) -> str | None:
-    """File or split of a set, or None for no such set."""
-    source: str | None = getattr(arguments, f"{kind}_split" if arguments.data else f"{kind}_file")
-    return source
-
-
 def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
     """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
-    source = str(_source(arguments, kind))
+    source = str(arguments.source(kind))
     dataset, name = _read(arguments, source)
     columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)

@@ -12,7 +12,7 @@ from meta_trainer import MetaTrainer, MetaWeightNet
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
 from meta_trainer.tasks.text_classification import TextClassificationArguments
-from meta_trainer.tasks.text_classification.corpus import generate_corpus
+from meta_trainer.tasks.text_classification.corpus import SIZES, generate_corpus
 
 FOLDER = recipes_folder() / "text_classification"
 TOPICS = ("business", "culture", "science", "sport")
@@ -131,11 +131,51 @@ def test_training_on_the_meta_set_is_refused_where_a_meta_module_learns_from_it(
 def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
     contents = {file.stem: yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")}
     plain = contents.pop("plain")
-    assert set(contents) == {"plain_with_meta_set", "meta_weight_net_evograd"}
+    nets = {f"meta_weight_net_{name}" for name in ("evograd", "t1t2", "best")}
+    assert set(contents) == {"plain_with_meta_set", *nets}
     for other in contents.values():
         assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
-    both = contents["plain_with_meta_set"]
+    both = contents.pop("plain_with_meta_set")
     assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
+    estimator = {"description", "method", "hypergradient", "num_candidates", "sigma", "temperature", "noise"}
+    first, *others = ({k: v for k, v in recipe.items() if k not in estimator} for recipe in contents.values())
+    assert all(other == first for other in others)
+
+
+# What takes a recipe off the Hub and makes it small.
+OFFLINE = [
+    "--model_name_or_path",
+    "none",
+    "--data",
+    "generated",
+    "--label_column",
+    "label",
+    "--num_meta_examples",
+    "20",
+]
+SMALL = ["--max_train_examples", "40", "--hidden_size", "16", "--num_hidden_layers", "1", "--intermediate_size", "16"]
+SHORT = [
+    "--vocab_size",
+    "400",
+    "--max_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--use_cpu",
+    "true",
+    "--disable_tqdm",
+    "true",
+]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_runs(file, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "test", 20)
+    settings = [*OFFLINE, *SMALL, *SHORT, "--output_dir", str(tmp_path)]
+    assert main(["train", "--config", str(file), *settings]) == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["steps"] == 2
+    assert ("corrupted_auc" in result["metrics"]) == ("meta_weight_net" in file.stem)
 
 
 def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_labels_in_five():
@@ -148,15 +188,15 @@ def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_
     assert (training.per_device_train_batch_size, training.per_device_meta_batch_size) == (32, 32)
 
 
-def test_every_grid_names_recipes_and_settings_that_are_valid(tmp_path, monkeypatch):
+@pytest.mark.parametrize("file", sorted((FOLDER / "grids").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_grid_names_recipes_and_settings_that_are_valid(file, tmp_path, monkeypatch):
     monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
     (tmp_path / "text").mkdir()
-    for file in (FOLDER / "grids").glob("*.yaml"):
-        grid = yaml.safe_load(file.read_text())
-        for name in ("train_file", "test_file"):
-            (tmp_path / grid["settings"][name]).touch()
-        for base in grid["recipes"].values():
-            for target in grid["targets"].values():
-                cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **grid["settings"], **target}
-                (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
-                assert read_recipe(str(tmp_path / "cell.yaml"), []).task.train_file == "text/trec6_train.parquet"
+    grid = yaml.safe_load(file.read_text())
+    for base in grid["recipes"].values():
+        for target in grid["targets"].values():
+            cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **grid["settings"], **target}
+            for name in ("train_file", "test_file"):
+                (tmp_path / cell[name]).touch()
+            (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
+            assert read_recipe(str(tmp_path / "cell.yaml"), []).task.train_file == target["train_file"]
