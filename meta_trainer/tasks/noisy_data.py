@@ -55,6 +55,12 @@ class NoisyDataArguments:
             "apart from them, with a meta module or without."
         },
     )
+    meta_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of rows with trusted labels, which are the meta set, all of them; none: num_meta_examples."
+        },
+    )
     max_train_examples: int | None = field(
         default=None, metadata={"help": "Rows to train on, drawn at random from the others; none: all."}
     )
@@ -77,13 +83,18 @@ class NoisyDataArguments:
         self._check_sources()
         self._check_values()
         check_data("data", self.data, self.data_dir)
-        for name in FILE_FIELDS:
+        for name in (*FILE_FIELDS, "meta_file"):
             check_file(name, getattr(self, name), self.data_dir, self.file_suffixes)
 
     @property
     def dataset_name(self) -> str:
         """The data, as a model card names them."""
         return data_name(self.data, self.subset, self.train_file)
+
+    @property
+    def has_meta_set(self) -> bool:
+        """Whether there are rows of trusted labels to learn from."""
+        return bool(self.meta_file or self.num_meta_examples)
 
     def path(self, name: str) -> Path:
         """Return where the file or folder ``name`` is looked up."""

@@ -35,7 +35,7 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.num_meta_examples:
+    if with_meta and not arguments.has_meta_set:
         raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
     data = load_noisy_ner_data(arguments, seed)
     # On both sets, whichever is trained on: methods that are compared read the same sub-tokens.
@@ -45,6 +45,7 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
     joint = arguments.train_on_meta and not with_meta
     further = [data.meta] if joint else []
     train, trusted = concatenate([data.train, *further]), concatenate([data.train_trusted, *further])
+    record = record_labels(train, trusted, tokenizer, arguments.max_length)
 
     def encoded(sentences: Sentences | None, length: int) -> Dataset | None:
         return None if sentences is None else encode(sentences, tokenizer, data.tags, length)
@@ -61,5 +62,5 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
         main_metric="f1",
         pipeline_tag="token-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
-        training_labels=record_labels(train, trusted, tokenizer, arguments.max_length),
+        training_labels=record if data.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"]),
     )

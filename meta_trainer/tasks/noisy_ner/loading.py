@@ -23,6 +23,7 @@ class NoisyNerData:
         train: Sentences to train on, their tags as they are to be learned.
         train_trusted: The same sentences, their tags as they should be.
         meta: Sentences with trusted tags, none of which is in ``train``; empty where none is set apart.
+        knows_errors: Whether the trusted tags of ``train`` are known. If not, its tags stand in for them.
         validation: Sentences scored during training, or None.
         test: Sentences scored at the end, or None.
     """
@@ -31,6 +32,7 @@ class NoisyNerData:
     train: Sentences
     train_trusted: Sentences
     meta: Sentences
+    knows_errors: bool
     validation: Sentences | None
     test: Sentences | None
 
@@ -49,7 +51,8 @@ def load_noisy_ner_data(arguments: NoisyNerArguments, seed: int) -> NoisyNerData
     types = entity_types(sets.values())
     trusted, noisy = sets["train"], sets.get("noisy", sets["train"])
     order = np.random.default_rng(arguments.subset_seed).permutation(len(trusted))
-    meta, left = np.split(order, [arguments.num_meta_examples])
+    checked = sets.get("meta")
+    meta, left = np.split(order, [arguments.num_meta_examples if checked is None else 0])
     if not len(left):
         raise ValueError(
             f"num_meta_examples={arguments.num_meta_examples} leaves none of {len(trusted)} sentences to train on: "
@@ -63,7 +66,8 @@ def load_noisy_ner_data(arguments: NoisyNerArguments, seed: int) -> NoisyNerData
         tags=iob2_tags(types),
         train=replace(train, tags=tags),
         train_trusted=trusted.select(rows),
-        meta=trusted.select(meta),
+        meta=trusted.select(meta) if checked is None else checked,
+        knows_errors=checked is None or arguments.label_noise != "none" or "noisy" in sets,
         validation=sets.get("validation"),
         test=sets.get("test"),
     )
@@ -79,6 +83,10 @@ def _load_sets(arguments: NoisyNerArguments) -> dict[str, Sentences]:
                 "no such column."
             )
         sets["noisy"] = _load(arguments, "train", arguments.train_tags_column)
+    if arguments.meta_file:
+        sets["meta"] = read_file(arguments.path(arguments.meta_file), arguments.tokens_column, arguments.tags_column)
+    if empty := [sentences.name for sentences in sets.values() if not len(sentences)]:
+        raise ValueError(f"{empty[0]} holds no sentence.")
     tag_map, known = parse_tag_map(arguments.map_tags), entity_types(sets.values())
     if unknown := sorted(set(tag_map) - set(known)):
         raise ValueError(f"map_tags: no entity of type {', '.join(unknown)} in the data; it has {', '.join(known)}.")
@@ -95,6 +103,4 @@ def _load(arguments: NoisyNerArguments, kind: str, tags_column: str) -> Sentence
         locale = SOURCE_LOCALE if arguments.data == GENERATED else None
         subset = arguments.subset or locale
         sentences = read_split(arguments.data, subset, source, arguments.path(arguments.data), *columns)
-    if not len(sentences):
-        raise ValueError(f"{sentences.name} holds no sentence.")
     return sentences

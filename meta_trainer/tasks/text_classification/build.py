@@ -1,6 +1,5 @@
 """Text classification with noisy labels as a task."""
 
-from collections.abc import Sequence
 from functools import partial
 
 from datasets import Dataset, concatenate_datasets
@@ -34,7 +33,7 @@ def build_text_classification_task(
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.num_meta_examples:
+    if with_meta and not arguments.has_meta_set:
         raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
     data = load_text_data(arguments, seed)
     tokenizer = _make_tokenizer(model, data)
@@ -59,14 +58,15 @@ def build_text_classification_task(
         main_metric="accuracy",
         pipeline_tag="text-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
-        training_labels=_with_class_names(train, data.classes),
+        training_labels=_record(train, data),
     )
 
 
-def _with_class_names(rows: Dataset, classes: Sequence[str]) -> Dataset:
-    """Labels by name, as a reader looks them up."""
-    names = {column: [classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
-    return Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
+def _record(rows: Dataset, data: TextData) -> Dataset:
+    """Labels by name, as a reader looks them up; without the trusted ones where they are not known."""
+    names = {column: [data.classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
+    record = Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
+    return record if data.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"])
 
 
 def _make_tokenizer(model: ModelArguments, data: TextData) -> PreTrainedTokenizerBase:

@@ -22,6 +22,7 @@ class TextData:
         train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), ``trusted_label`` and
             ``is_corrupted``.
         meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart.
+        knows_errors: Whether the trusted labels of ``train`` are known. If not, the labels stand in for them.
         validation: Rows of ``text`` and ``label``, or None.
         test: The same, or None.
     """
@@ -29,6 +30,7 @@ class TextData:
     classes: list[str]
     train: Dataset
     meta: Dataset
+    knows_errors: bool
     validation: Dataset | None
     test: Dataset | None
 
@@ -45,11 +47,16 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
     """
     train = _load(arguments, "train")
     others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.source(kind)}
-    classes = class_names([train, *others.values()])
+    checked = _load_meta(arguments)
+    classes = class_names([train, *others.values(), *([] if checked is None else [checked])])
     ids = {name: number for number, name in enumerate(classes)}
     trusted = np.array([ids[label] for label in train.labels])  # [N]
     meta_rows, train_rows = split_off_meta(
-        trusted, classes, arguments.num_meta_examples, arguments.max_train_examples, arguments.subset_seed
+        trusted,
+        classes,
+        arguments.num_meta_examples if checked is None else 0,
+        arguments.max_train_examples,
+        arguments.subset_seed,
     )
     noisy = np.array([ids[label] for label in train.noisy_labels])  # [N]
     noisy[train_rows] = corrupt_labels(
@@ -66,10 +73,16 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
     return TextData(
         classes,
         train=_training_rows(train, train_rows, trusted, noisy),
-        meta=_training_rows(train, meta_rows, trusted, trusted),
+        meta=_training_rows(train, meta_rows, trusted, trusted) if checked is None else _all_rows(checked, ids),
+        knows_errors=checked is None or arguments.label_noise != "none" or arguments.train_label_column is not None,
         validation=scored.get("validation"),
         test=scored.get("test"),
     )
+
+
+def _all_rows(texts: Texts, ids: dict[str, int]) -> Dataset:
+    labels = np.array([ids[label] for label in texts.labels])
+    return _training_rows(texts, np.arange(len(labels)), labels, labels)
 
 
 def _training_rows(texts: Texts, chosen: np.ndarray, trusted: np.ndarray, labels: np.ndarray) -> Dataset:
@@ -90,6 +103,13 @@ def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
     dataset, name = _read(arguments, source)
     columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
+
+
+def _load_meta(arguments: TextClassificationArguments) -> Texts | None:
+    if arguments.meta_file is None:
+        return None
+    path = arguments.path(arguments.meta_file)
+    return read_texts(read_table(path), str(path), arguments.text_column, arguments.label_column)
 
 
 def _read(arguments: TextClassificationArguments, source: str) -> tuple[Dataset, str]:

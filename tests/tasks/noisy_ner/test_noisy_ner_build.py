@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from noisy_rows import ROWS
 
 from meta_trainer.tasks import ModelArguments, Task
@@ -128,6 +129,23 @@ def test_a_conll_file_has_no_second_column_of_tags(tmp_path):
     arguments = NoisyNerArguments(train_file=str(file), train_tags_column="noisy", num_meta_examples=1)
     with pytest.raises(ValueError, match=r"train_tags_column='noisy': .* is a CoNLL file, which has no such column"):
         load_noisy_ner_data(arguments, seed=0)
+
+
+def test_a_file_of_trusted_sentences_is_the_meta_set_and_leaves_all_others_to_train_on(generated, file):
+    task = build(generated(meta_file=file, num_meta_examples=0))
+    assert (len(task.train_dataset), len(task.meta_dataset)) == (40, len(ROWS))
+    assert task.training_labels.column_names == ["row", "token", "word", "text", "label"]
+    noise = {"label_noise": "drop", "label_noise_share": 0.5}
+    assert "is_corrupted" in build(generated(meta_file=file, **noise)).training_labels.column_names
+    data = load_noisy_ner_data(generated(meta_file=file), seed=0)
+    assert data.meta.tags == [row["ner_tags"] for row in ROWS]
+
+
+def test_a_set_without_sentences_is_refused(generated, tmp_path):
+    empty = tmp_path / "empty.parquet"
+    Dataset.from_dict({"tokens": [["a"]], "ner_tags": [["O"]]}).select([]).to_parquet(empty)
+    with pytest.raises(ValueError, match=r"empty\.parquet holds no sentence"):
+        build(generated(meta_file=str(empty)))
 
 
 @pytest.mark.real_data
