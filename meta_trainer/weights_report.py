@@ -179,7 +179,8 @@ def _draw_histogram(axes: Axes, weights: np.ndarray, is_corrupted: np.ndarray | 
                 weights[kind], weights=np.full(number, 1 / number), color=colour, label=f"{name} ({number})", **options
             )
         axes.set_ylabel("share of the examples of a kind")
-        axes.legend(frameon=False, fontsize="small")
+        # Learned weights gather at both ends.
+        axes.legend(frameon=False, fontsize="small", loc="upper center")
         title = f"Wrong labels are found with AUC {ranking_auc(-weights, is_corrupted):.3f}"
     axes.axvline(1, color="0.6", linewidth=1, linestyle=":")
     axes.set(title=title, xlabel=WEIGHT_LABEL)
