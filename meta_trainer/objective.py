@@ -15,7 +15,7 @@ from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.hypergrad import TermSum
 from meta_trainer.modules import Batch, MetaModule
 from meta_trainer.modules.meta_module import BASE_MODEL, EXAMPLE_OF_LOSS, REFERENCE_LOSSES, REFERENCES
-from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, check_agreement
+from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, PerSentenceLoss, check_agreement
 from meta_trainer.sharding import local_part
 from meta_trainer.window import Window
 
@@ -100,7 +100,7 @@ class ObjectiveTrainer(Trainer):
         more: Batch = {}
         if self.meta_module.reference_losses:
             more[REFERENCE_LOSSES] = reference.setdefault(REFERENCE_LOSSES, losses.detach())
-        if isinstance(self.per_example_loss, PerExampleLoss):
+        if isinstance(self.per_example_loss, PerExampleLoss | PerSentenceLoss):
             more[EXAMPLE_OF_LOSS] = self.per_example_loss.examples(batch["labels"])
         if self.meta_module.reads_base_model:
             more[BASE_MODEL] = self.accelerator.unwrap_model(model)

@@ -74,6 +74,35 @@ class PerExampleLoss:
         return (labels != IGNORED).nonzero()[:, 0]
 
 
+class PerSentenceLoss:
+    """One loss a sentence, the mean over its labelled tokens, for meta modules that are to weigh whole sentences.
+
+    Sentences without any label have no loss; a classifier of whole texts keeps its losses.
+
+    Args:
+        model: As in `PerExampleLoss`.
+        label_smoothing: As in `PerExampleLoss`.
+    """
+
+    def __init__(self, model: nn.Module, label_smoothing: float = 0.0) -> None:
+        self.per_token = PerExampleLoss(model, label_smoothing)
+        self.shifts_labels = self.per_token.shifts_labels
+
+    def __call__(self, outputs: Any, labels: Tensor) -> Tensor:
+        """Losses ``[N]`` of the N sentences among ``labels``, ``[B, T]``, that have a label."""
+        losses = self.per_token(outputs, labels)  # [M]
+        if labels.dim() != 2 or labels.is_floating_point():
+            return losses
+        valid = (labels[:, 1:] if self.shifts_labels else labels) != IGNORED  # [B, T]
+        counts = valid.sum(dim=1)  # [B]
+        sums = losses.new_zeros(len(labels)).index_add(0, valid.nonzero()[:, 0], losses)
+        return (sums / counts.clamp(min=1))[counts > 0]
+
+    def examples(self, labels: Tensor) -> Tensor:
+        """Row of the batch that each loss belongs to, ``[N]``, for `labels` as given to the model."""
+        return self.per_token.examples(labels).unique()
+
+
 def check_agreement(losses: Tensor, model_loss: Tensor) -> None:
     """Raise a ValueError unless the mean of `losses` is the loss that the model itself computed.
 

@@ -1,6 +1,7 @@
 """A recipe: flat settings from a YAML file and the command line, checked before anything is loaded."""
 
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,13 @@ from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.labelled_data import LabelledDataArguments
 from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
+from meta_trainer.tasks.noisy_ner import NoisyNerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 PACKAGE = Path(__file__).parent
 TaskArguments = (
     NerArguments
+    | NoisyNerArguments
     | TextClassificationArguments
     | ImageClassificationArguments
     | FewShotArguments
@@ -29,6 +32,7 @@ TaskArguments = (
 )
 TASKS: dict[str, type[TaskArguments]] = {
     "ner": NerArguments,
+    "noisy_ner": NoisyNerArguments,
     "text_classification": TextClassificationArguments,
     "image_classification": ImageClassificationArguments,
     "few_shot": FewShotArguments,
@@ -36,11 +40,11 @@ TASKS: dict[str, type[TaskArguments]] = {
 }
 TASKS_OF_META_MODULES = {
     "representation_transform": ("ner",),
-    "meta_weight_net": ("ner", "text_classification", "image_classification", "language_modeling"),
+    "meta_weight_net": ("ner", "noisy_ner", "text_classification", "image_classification", "language_modeling"),
     "input_rotation": ("image_classification",),
     "feature_wise_transform": ("few_shot", "image_classification"),
     "domain_weights": ("text_classification", "language_modeling"),
-    "learned_weight_decay": ("ner", "text_classification", "image_classification", "language_modeling"),
+    "learned_weight_decay": ("ner", "noisy_ner", "text_classification", "image_classification", "language_modeling"),
 }
 META_MODULES = tuple(TASKS_OF_META_MODULES)
 
@@ -49,12 +53,15 @@ META_MODULES = tuple(TASKS_OF_META_MODULES)
 class RunArguments:
     """What a run does and how it is called."""
 
-    task: Literal["ner", "text_classification", "image_classification", "few_shot", "language_modeling"] = field(
+    task: Literal[
+        "ner", "noisy_ner", "text_classification", "image_classification", "few_shot", "language_modeling"
+    ] = field(
         default="ner",
         metadata={
-            "help": "ner: cross-lingual named entity recognition; text_classification: with labels that may be wrong; "
-            "image_classification: the same, or with target images that look different; few_shot: images of domains "
-            "that were not trained on; language_modeling: on a mixture of sources."
+            "help": "ner: cross-lingual named entity recognition; noisy_ner: with tags that may be wrong; "
+            "text_classification: with labels that may be wrong; image_classification: the same, or with target images "
+            "that look different; few_shot: images of domains that were not trained on; language_modeling: on a "
+            "mixture of sources."
         },
     )
     description: str = field(default="", metadata={"help": "One line on the recipe, shown by `meta-trainer list`."})
@@ -91,11 +98,14 @@ class MetaModuleArguments:
         default="shared",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
     )
+    weight_net_level: Literal["token", "sentence"] = field(
+        default="token",
+        metadata={"help": "meta_weight_net: of a tagged sentence, weigh each token or the whole, by its mean loss."},
+    )
     feature_wise_layers: list[str] = field(
         default_factory=lambda: list(RESIDUAL_NORMS),
         metadata={"help": "feature_wise_transform: patterns of the submodules after which it acts."},
     )
-
     weight_decay_groups: list[str] = field(
         default_factory=lambda: ["*"],
         metadata={"help": "learned_weight_decay: name patterns, one for each group of parameters with its own decay."},
@@ -136,11 +146,12 @@ class Recipe:
 def make_parser(task: str) -> SettingsParser:
     """Parser of all keys that a recipe of a task may have."""
     own = {f.name for f in fields(TASKS[task])}
+    owners = defaultdict(list)
+    for name, arguments in TASKS.items():
+        for key in {f.name for f in fields(arguments)} - own:
+            owners[key].append(repr(name))
     foreign_keys = {
-        f.name: f"It is a key of task={name!r}, and this is task={task!r}."
-        for name, arguments in TASKS.items()
-        for f in fields(arguments)
-        if f.name not in own
+        key: f"It is a key of task={' or '.join(names)}, and this is task={task!r}." for key, names in owners.items()
     }
     return SettingsParser(
         {

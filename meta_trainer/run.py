@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.checkpoint import check_complete, checkpoints, is_half_written, newest_complete
+from meta_trainer.example_weights import weigh_examples
 from meta_trainer.meter import StepMeter
 from meta_trainer.modules import (
     DomainWeights,
@@ -27,6 +28,7 @@ from meta_trainer.modules import (
     RepresentationTransform,
 )
 from meta_trainer.modules.feature_wise_transform import find_channels
+from meta_trainer.per_example_loss import PerSentenceLoss
 from meta_trainer.recipe import MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
@@ -34,8 +36,10 @@ from meta_trainer.tasks.few_shot import FewShotArguments, build_few_shot_task
 from meta_trainer.tasks.image_classification import ImageClassificationArguments, build_image_classification_task
 from meta_trainer.tasks.language_modeling import LanguageModelingArguments, build_language_modeling_task
 from meta_trainer.tasks.ner import NerArguments, build_ner_task
+from meta_trainer.tasks.noisy_ner import NoisyNerArguments, build_noisy_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
+from meta_trainer.weights_report import report_weights
 
 logger = logging.get_logger(__name__)
 
@@ -106,6 +110,8 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
         )
     if isinstance(recipe.task, LanguageModelingArguments):
         return build_language_modeling_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
+    if isinstance(recipe.task, NoisyNerArguments):
+        return build_noisy_ner_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
     return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
 
 
@@ -140,6 +146,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
     task = build_task(recipe, meta_module_names)
     model = task.model_init()
     modules = build_meta_modules(recipe.module, model, training.seed, task.domains) if meta_module_names else []
+    whole_sentences = "meta_weight_net" in meta_module_names and recipe.module.weight_net_level == "sentence"
     meter = StepMeter()
     trainer = MetaTrainer(
         model=model,
@@ -147,6 +154,7 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         # A single module is saved under its own name, not as a list of one.
         meta_module=modules[0] if len(modules) == 1 else modules or None,
         meta_dataset=task.meta_dataset,
+        per_example_loss=PerSentenceLoss(model, training.label_smoothing_factor) if whole_sentences else None,
         train_dataset=task.train_dataset,
         eval_dataset=task.eval_dataset,
         processing_class=task.processing_class,
@@ -200,13 +208,10 @@ def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model()
-    if task.training_labels is not None and trainer.is_world_process_zero():
-        pyarrow.parquet.write_table(
-            task.training_labels.with_format("arrow")[:], Path(str(trainer.args.output_dir)) / TRAINING_LABELS
-        )
+    found = _report_training_rows(trainer, task)
     dataset = task.test_dataset if task.test_dataset is not None else task.eval_dataset
     metrics = {} if dataset is None else trainer.evaluate(dataset, metric_key_prefix="test")
-    scores = {key.removeprefix("test_"): float(value) for key, value in metrics.items()}
+    scores = {**{key.removeprefix("test_"): float(value) for key, value in metrics.items()}, **found}
     # Trainer takes a model without a folder for one that was fine-tuned; this one has just been saved.
     config: Any = trainer.model.config
     config.name_or_path = str(trainer.args.output_dir)
@@ -224,6 +229,22 @@ def _train(method: PreparedMethod, recipe: Recipe) -> MethodResult:
         seconds=seconds,
         history=trainer.state.log_history,
     )
+
+
+def _report_training_rows(trainer: MetaTrainer, task: Task) -> dict[str, float]:
+    """Write what is known of the training rows, their learned weights included; returns scores of the weights."""
+    labels, folder = task.training_labels, Path(str(trainer.args.output_dir))
+    if labels is None:
+        return {}
+    if trainer.meta_module is None or not trainer.meta_module.weighs_examples:
+        if trainer.is_world_process_zero():
+            pyarrow.parquet.write_table(labels.with_format("arrow")[:], folder / TRAINING_LABELS)
+        return {}
+    found = weigh_examples(trainer, task.train_dataset)
+    if not trainer.is_world_process_zero():
+        return {}
+    config: Any = trainer.model.config
+    return report_weights(found, labels, config.id2label, trainer.state.log_history, folder)
 
 
 def _write_report(recipe: Recipe, results: list[MethodResult], metric: str, console: Console) -> None:

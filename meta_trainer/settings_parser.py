@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import fields
 from datetime import date
 from difflib import get_close_matches
 from types import MappingProxyType, NoneType
@@ -102,7 +103,7 @@ class SettingsParser(HfArgumentParser):
         """One table of keys, defaults and meanings for each group; of Trainer's fields the common ones or all."""
         shown: set[str] = set()
         for title, kind in self.kinds.items():
-            own = [name for name in kind.__dataclass_fields__ if name not in self._trainer_fields]
+            own = [f.name for f in fields(kind) if f.name not in self._trainer_fields]
             yield self._help_table(title, own)
             shown.update(own)
         rest = [key for key in self._actions_by_key if key not in shown]
@@ -123,7 +124,7 @@ class SettingsParser(HfArgumentParser):
         return table
 
     def _instantiate(self, kind: Any) -> Any:
-        names = {name for name, f in kind.__dataclass_fields__.items() if f.init}
+        names = {f.name for f in fields(kind) if f.init}
         return kind(**{key: value for key, value in self.resolved.items() if key in names})
 
     def _converted(self, key: str, value: Any, source: str) -> Any:

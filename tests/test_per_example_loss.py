@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from meta_trainer.per_example_loss import PerExampleLoss, check_agreement, per_example_losses
+from meta_trainer.per_example_loss import PerExampleLoss, PerSentenceLoss, check_agreement, per_example_losses
 
 SMALL = {
     "hidden_size": 8,
@@ -182,3 +182,31 @@ def test_a_model_with_another_objective_is_refused():
 def test_rounding_of_half_precision_is_no_disagreement():
     losses = torch.rand(100) + 1
     check_agreement(losses, losses.mean().bfloat16())
+
+
+def test_the_loss_of_a_sentence_is_the_mean_of_those_of_its_labelled_tokens():
+    model, labels = token_classifier().double(), partly_ignored(torch.randint(3, (5, 6)))
+    labels[2] = -100
+    outputs = model(input_ids=IDS)
+    expected = [F.cross_entropy(logits, row) for logits, row in zip(outputs.logits, labels, strict=True)]
+
+    losses = PerSentenceLoss(model)(outputs, labels)
+    assert_close(losses, torch.stack([loss for i, loss in enumerate(expected) if i != 2]))
+    assert PerSentenceLoss(model).examples(labels).tolist() == [0, 1, 3, 4]
+    grads = torch.autograd.grad(losses.sum(), model.classifier.weight, retain_graph=True)
+    kept = sum(loss for i, loss in enumerate(expected) if i != 2)
+    assert_close(grads, torch.autograd.grad(kept, model.classifier.weight))
+
+
+def test_the_loss_of_a_document_leaves_out_its_first_token():
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=13)).eval()
+    outputs = model(input_ids=IDS)
+    expected = [model(input_ids=row[None], labels=row[None]).loss for row in IDS]
+    assert_close(PerSentenceLoss(model)(outputs, IDS), torch.stack(expected))
+
+
+def test_a_classifier_of_whole_texts_has_a_loss_for_each_already():
+    model, labels, _ = CASES["single_label"]()
+    outputs = model(input_ids=IDS)
+    assert torch.equal(PerSentenceLoss(model)(outputs, labels), PerExampleLoss(model)(outputs, labels))
+    assert PerSentenceLoss(model).examples(labels).tolist() == list(range(len(labels)))

@@ -185,7 +185,7 @@ def test_a_transform_of_source_rows_needs_a_task_that_has_them(tmp_path):
     file.write_text('{"text": "a", "label": "b"}\n')
     settings = ["--task", "text_classification", "--train_file", str(file), "--output_dir", str(tmp_path)]
     settings += ["--meta_module", "representation_transform"]
-    with pytest.raises(ValueError, match="which task='ner' has and task='text_classification' has not"):
+    with pytest.raises(ValueError, match="is for task='ner', not for task='text_classification'"):
         read_recipe(None, settings)
 
 

@@ -10,11 +10,10 @@ import pytest
 import yaml
 
 from meta_trainer.recipe import read_recipe, recipes_folder
+from meta_trainer.tasks.ner.files import FILE_SUFFIXES
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 GRIDS = sorted(recipes_folder().glob("*/grids/*.yaml"))
-KINDS = ("train", "validation", "test", "source_train", "target_train", "target_validation", "target_test")
-LOCAL_FILES = {f"{kind}_file" for kind in KINDS}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -150,17 +149,23 @@ def test_a_text_goes_between_its_marks_and_nowhere_else(grid_tables, tmp_path):
 
 
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: f"{file.parent.parent.name}/{file.stem}")
-def test_every_cell_of_the_grids_is_a_valid_recipe_but_for_the_data(run_grid, grid_tables, file, tmp_path, monkeypatch):
+def test_every_cell_of_the_grids_is_a_valid_recipe(run_grid, grid_tables, file, tmp_path, monkeypatch):
+    monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
     grid = run_grid.load_grid(file)
     shown = grid_tables.Presentation(**grid.presentation)
     assert {target for targets in shown.groups.values() for target in targets} <= set(grid.targets)
     assert set(shown.baselines) | set(grid.only) | set(grid.methods) <= set(grid.recipes)
     for cell in grid.cells():
         recipe = tmp_path / "cell.yaml"
-        recipe.write_text(yaml.safe_dump(with_generated_data(cell.settings)))
+        recipe.write_text(yaml.safe_dump(cell.settings))
+        for name in local_files(cell.overrides):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
         assert read_recipe(str(recipe), []).training.seed == cell.seed
 
 
-def with_generated_data(settings):
-    data = {"source_data": "generated", "target_data": "generated", "data": "generated"}
-    return {key: data.get(key, value) for key, value in settings.items() if key not in LOCAL_FILES}
+def local_files(settings):
+    """Names of all files among the settings, alone, in lists, or as NAME=FILE."""
+    entries = [entry for value in settings.values() for entry in (value if isinstance(value, list) else [value])]
+    names = [entry.rpartition("=")[2] for entry in entries if isinstance(entry, str)]
+    return [name for name in names if Path(name).suffix in FILE_SUFFIXES]

@@ -81,6 +81,11 @@ class MetaModuleList(MetaModule):
         """Whether the member that uses the loss door has one."""
         return any(member.has_normalizer for member in self if member.has_loss_door)
 
+    @property
+    def weighs_examples(self) -> bool:
+        """Whether a member weighs examples."""
+        return any(member.weighs_examples for member in self)
+
     def transform_batch(self, batch: Batch) -> Batch:
         """Each member transforms what the one before it gave."""
         for member in self:
@@ -105,6 +110,10 @@ class MetaModuleList(MetaModule):
     def normalizer(self, losses: Tensor, batch: Batch) -> Tensor | None:
         """That of the member that uses the loss door."""
         return next((member.normalizer(losses, batch) for member in self if member.has_loss_door), None)
+
+    def example_weights(self, losses: Tensor, batch: Batch) -> Tensor | None:
+        """Those of the member that weighs examples."""
+        return next((member.example_weights(losses, batch) for member in self if member.weighs_examples), None)
 
     def summary(self) -> dict[str, Tensor]:
         """What all members have to say; of two equal names the later member's."""

@@ -59,18 +59,18 @@ class DomainWeights(MetaModule):
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """Weighted mean of the losses ``[N]`` of examples or tokens."""
-        return weighted_mean(self._weights(losses, batch), losses)
+        return weighted_mean(self.example_weights(losses, batch), losses)
 
     def normalizer(self, losses: Tensor, batch: Batch) -> Tensor:
         """Sum of the weights."""
-        return self._weights(losses, batch).sum()
+        return self.example_weights(losses, batch).sum()
 
     def summary(self) -> dict[str, Tensor]:
         """Weight of each domain."""
         return {f"weight_{name}": weight for name, weight in zip(self.domains, self.all_weights(), strict=True)}
 
-    def _weights(self, losses: Tensor, batch: Batch) -> Tensor:
-        """Weight of each loss, ``[N]``."""
+    def example_weights(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Weight of the domain that each of the losses belongs to, ``[N]``."""
         domain = self._numbers(batch)
         examples = batch.get(EXAMPLE_OF_LOSS)
         if examples is not None:

@@ -107,6 +107,14 @@ class MetaModule(
         """
         return None
 
+    def example_weights(self, losses: Tensor, batch: Batch) -> Tensor | None:
+        """The learned weight of each of the per-example (per-token) losses ``[N]``, ``[N]``, not normalised.
+
+        By it examples are sorted once the training is over; only the ratios of weights matter. None for a module that
+        weighs none.
+        """
+        return None
+
     def summary(self) -> dict[str, Tensor]:
         """What is worth watching of the parameters while they are learned: scalars by name, such as an angle.
 
@@ -133,6 +141,11 @@ class MetaModule(
     def has_normalizer(self) -> bool:
         """Whether the objective is a quotient."""
         return type(self).normalizer is not MetaModule.normalizer
+
+    @property
+    def weighs_examples(self) -> bool:
+        """Whether examples have a learned weight."""
+        return type(self).example_weights is not MetaModule.example_weights
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError when `model` lacks what the doors need. Called before training starts."""

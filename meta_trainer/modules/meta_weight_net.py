@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from meta_trainer.modules.checks import check_size
@@ -11,6 +12,9 @@ from meta_trainer.modules.meta_module import REFERENCE_LOSSES, Batch, MetaModule
 from meta_trainer.modules.weighted_mean import weighted_mean
 
 LOSS_INPUTS = ("shared", "unperturbed", "candidate")
+SUMMARY_LOSSES = (0.0, 0.5, 1.0, 2.0, 4.0)
+WEIGHT_AT_LOSS = "weight_at_loss_"
+"""Beginning of the names under which the weights at `SUMMARY_LOSSES` are logged."""
 
 
 class MetaWeightNet(MetaModule):
@@ -58,12 +62,19 @@ class MetaWeightNet(MetaModule):
 
     def reduce(self, losses: Tensor, batch: Batch, outputs: Any) -> Tensor:
         """Weighted mean of the losses ``[N]``."""
-        return weighted_mean(self._weights(losses, batch), losses)
+        return weighted_mean(self.example_weights(losses, batch), losses)
 
     def normalizer(self, losses: Tensor, batch: Batch) -> Tensor:
         """Sum of the weights."""
-        return self._weights(losses, batch).sum()
+        return self.example_weights(losses, batch).sum()
 
-    def _weights(self, losses: Tensor, batch: Batch) -> Tensor:
+    def example_weights(self, losses: Tensor, batch: Batch) -> Tensor:
+        """Weights in (0, 1), ``[N]``, by the reference losses where the batch holds any."""
         weights: Tensor = self(batch.get(REFERENCE_LOSSES, losses) if self.reference_losses else losses)  # [N]
         return weights
+
+    @torch.no_grad()
+    def summary(self) -> dict[str, Tensor]:
+        """The weight at a few losses."""
+        losses = torch.tensor(SUMMARY_LOSSES, device=next(self.parameters()).device)
+        return {f"{WEIGHT_AT_LOSS}{loss:g}": w for loss, w in zip(SUMMARY_LOSSES, self(losses), strict=True)}

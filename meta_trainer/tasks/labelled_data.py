@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar
 
 from meta_trainer.tasks.label_noise import NOISE_KINDS
 from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
@@ -16,10 +16,19 @@ class LabelledDataArguments:
     """Where labelled rows come from, which of them are trusted, and how labels are corrupted.
 
     The data are either a data set (``data``) or single files (``train_file`` ...), never both. A subclass has the field
-    ``train_file``, one file or a list of them, and says in ``rows`` what error messages call the rows.
+    ``train_file``, one file or a list of them, and ``label_noise``, one of its kinds of noise.
+
+    Attributes:
+        rows: What the task calls its rows.
+        file_suffixes: Kinds of files that it reads.
+        noise_kinds: What ``label_noise`` may be; the first kind is none.
+        noisy_labels: Field that names the column of labels that are noisy by themselves.
     """
 
-    rows = "rows"
+    rows: ClassVar[str] = "rows"
+    file_suffixes: ClassVar[tuple[str, ...]] = TABLE_SUFFIXES
+    noise_kinds: ClassVar[tuple[str, ...]] = NOISE_KINDS
+    noisy_labels: ClassVar[str] = "train_label_column"
 
     data: str | None = field(default=None, metadata={"help": "Hub data set or local folder."})
     subset: str | None = field(default=None, metadata={"help": "Subset of data."})
@@ -36,13 +45,6 @@ class LabelledDataArguments:
         default=None,
         metadata={"help": "Folder that relative paths start from; none: $META_TRAINER_DATA, else the current one."},
     )
-    label_column: str = field(
-        default="label", metadata={"help": "Column of the trusted labels: text or integers, named or not."}
-    )
-    train_label_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of noisy labels to train on; all other sets keep label_column."},
-    )
     exclude_column: str | None = field(
         default=None, metadata={"help": "Boolean column; training rows where it is true are left out."}
     )
@@ -51,6 +53,12 @@ class LabelledDataArguments:
         metadata={
             "help": "Rows with trusted labels, the same number of each class, drawn from the training rows and set "
             "apart from them, with a meta module or without."
+        },
+    )
+    meta_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of rows with trusted labels, which are the meta set, all of them; none: num_meta_examples."
         },
     )
     max_train_examples: int | None = field(
@@ -64,12 +72,8 @@ class LabelledDataArguments:
         default=False,
         metadata={"help": "Train on the meta set as well, its labels as they are: a baseline without a meta module."},
     )
-    label_noise: Literal["none", "uniform", "flip"] = field(
-        default="none",
-        metadata={"help": "Corrupt labels to train on: by any other class (uniform), or by one for each class (flip)."},
-    )
     label_noise_share: float = field(
-        default=0.0, metadata={"help": "Share of the training rows that get a wrong label."}
+        default=0.0, metadata={"help": "Share of what is trained on (rows, entities) that gets a wrong label."}
     )
     noise_seed: int | None = field(default=None, metadata={"help": "Seed of the corruption; none: that of the run."})
 
@@ -79,21 +83,32 @@ class LabelledDataArguments:
         self._check_values()
         self._check_noise()
         check_data("data", self.data, self.data_dir)
-        for name in FILE_FIELDS:
+        for name in (*FILE_FIELDS, "meta_file"):
             for file in self.files(name):
-                check_file(name, file, self.data_dir, TABLE_SUFFIXES)
+                check_file(name, file, self.data_dir, self.file_suffixes)
 
     @property
     def dataset_name(self) -> str:
         """The data, as a model card names them."""
         return data_name(self.data, self.subset, next(iter(self.files("train_file")), None))
 
+    @property
+    def has_meta_set(self) -> bool:
+        """Whether there are rows of trusted labels to learn from."""
+        return bool(self.meta_file or self.num_meta_examples)
+
+    @property
+    def knows_errors(self) -> bool:
+        """Whether each label that is trained on is known to be right or wrong; not so where only a file is trusted."""
+        kind, column = self._noise
+        return not self.meta_file or kind != self.noise_kinds[0] or bool(column)
+
     def path(self, name: str) -> Path:
         """Return where the file or folder ``name`` is looked up."""
         return locate(name, self.data_dir)
 
     def files(self, name: str) -> list[str]:
-        """Return the files that one of :data:`FILE_FIELDS` names."""
+        """Return the files that a field names, such as one of :data:`FILE_FIELDS`."""
         value: str | list[str] | None = getattr(self, name)
         return value if isinstance(value, list) else [value] if value else []
 
@@ -120,17 +135,24 @@ class LabelledDataArguments:
                 raise ValueError(f"{name} must not be negative, got {value}.")
 
     def _check_noise(self) -> None:
-        if self.label_noise not in NOISE_KINDS:
-            raise ValueError(f"label_noise must be one of {', '.join(NOISE_KINDS)}, got {self.label_noise!r}.")
+        kind, column = self._noise
+        if kind not in self.noise_kinds:
+            raise ValueError(f"label_noise must be one of {', '.join(self.noise_kinds)}, got {kind!r}.")
         if not 0 <= self.label_noise_share < 1:
             raise ValueError(f"label_noise_share must be at least 0 and less than 1, got {self.label_noise_share}.")
-        if self.label_noise == "none" and self.label_noise_share:
+        if kind == self.noise_kinds[0] and self.label_noise_share:
             raise ValueError(
                 f"label_noise_share={self.label_noise_share} needs a kind of noise: set label_noise to "
-                f"{' or '.join(NOISE_KINDS[1:])}."
+                f"{' or '.join(self.noise_kinds[1:])}."
             )
-        if self.label_noise != "none" and self.train_label_column:
+        if kind != self.noise_kinds[0] and column:
             raise ValueError(
-                f"train_label_column={self.train_label_column!r} holds noisy labels already: leave out "
-                f"label_noise={self.label_noise!r}, or the column."
+                f"{self.noisy_labels}={column!r} holds noisy labels already: leave out label_noise={kind!r}, or the "
+                "column."
             )
+
+    @property
+    def _noise(self) -> tuple[str, str | None]:
+        """Kind of the synthetic noise, and the column of labels that are noisy by themselves."""
+        fields: dict[str, Any] = vars(self)
+        return fields["label_noise"], fields[self.noisy_labels]

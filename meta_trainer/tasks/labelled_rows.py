@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from meta_trainer.tasks.class_labels import ClassLabelArguments
 from meta_trainer.tasks.label_columns import Labels
 from meta_trainer.tasks.label_noise import corrupt_labels
 from meta_trainer.tasks.labelled_data import LabelledDataArguments
@@ -28,26 +29,27 @@ class DrawnRows:
 
 
 def draw_rows(
-    labels: Labels, classes: Sequence[str], arguments: LabelledDataArguments, seed: int
+    labels: Labels, checked: Labels | None, classes: Sequence[str], arguments: ClassLabelArguments, seed: int
 ) -> tuple[DrawnRows, DrawnRows]:
     """Set the meta set apart, draw the rows to train on and corrupt their labels.
 
     Args:
         labels: Of the training set.
+        checked: Of a file that is the meta set; None: the meta set is drawn from the training set.
         classes: All classes, in the order of their ids.
         arguments: How many rows are drawn, and which noise is put on them.
         seed: Seed of the corruption where the settings have none.
 
     Returns:
-        The rows to train on, and those of the meta set with trusted labels; no row is in both.
+        The rows to train on, and those of the meta set with trusted labels, of `checked` where that is given; no row
+        is in both.
 
     Raises:
         ValueError: If a class has too few rows for the meta set, or no row is left to train on.
     """
     trusted, noisy = label_ids(labels.labels, classes), label_ids(labels.noisy_labels, classes)  # [N] each
-    meta, train = split_off_meta(
-        trusted, classes, arguments.num_meta_examples, arguments.max_train_examples, arguments.subset_seed
-    )
+    num_meta = arguments.num_meta_examples if checked is None else 0
+    meta, train = split_off_meta(trusted, classes, num_meta, arguments.max_train_examples, arguments.subset_seed)
     noisy[train] = corrupt_labels(
         noisy[train],
         len(classes),
@@ -55,8 +57,36 @@ def draw_rows(
         arguments.label_noise_share,
         seed if arguments.noise_seed is None else arguments.noise_seed,
     )
-    rows = np.array(labels.rows)
-    return _drawn(train, rows, trusted, noisy), _drawn(meta, rows, trusted, trusted)
+    drawn = _drawn(train, labels, trusted, noisy)
+    if checked is None:
+        return drawn, _drawn(meta, labels, trusted, trusted)
+    own = label_ids(checked.labels, classes)
+    return drawn, _drawn(np.arange(len(own)), checked, own, own)
+
+
+def label_record(rows: Dataset, classes: Sequence[str], arguments: LabelledDataArguments) -> Dataset:
+    """Labels by name, as a reader looks them up: see `Task.training_labels`.
+
+    Args:
+        rows: With the columns of `DrawnRows.record`, and others.
+        classes: Names of the classes in the order of their ids.
+        arguments: The settings; trusted labels are left out where these do not know them.
+    """
+    names = {column: [classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
+    record = Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
+    return record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"])
+
+
+def read_meta_file(arguments: LabelledDataArguments) -> tuple[Dataset, str] | None:
+    """Read the file of the meta set, if there is one.
+
+    Returns:
+        Its rows, and what error messages call it.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    return _read_file(arguments, arguments.meta_file) if arguments.meta_file else None
 
 
 def read_source(arguments: LabelledDataArguments, source: str) -> tuple[Dataset, str]:
@@ -70,8 +100,7 @@ def read_source(arguments: LabelledDataArguments, source: str) -> tuple[Dataset,
     """
     data, subset = arguments.data, arguments.subset
     if data is None:
-        path = arguments.path(source)
-        return read_table(path), str(path)
+        return _read_file(arguments, source)
     folder = arguments.path(data)
     rows = load_split(str(folder) if folder.is_dir() else data, subset, source)
     return rows, f"{data}{f' ({subset})' if subset else ''}, split {source}"
@@ -83,6 +112,13 @@ def label_ids(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
     return np.array([ids[label] for label in labels])
 
 
-def _drawn(chosen: np.ndarray, rows: np.ndarray, trusted: np.ndarray, labels: np.ndarray) -> DrawnRows:
-    columns = {"row": rows, "label": labels, "trusted_label": trusted, "is_corrupted": labels != trusted}
+def _read_file(arguments: LabelledDataArguments, file: str) -> tuple[Dataset, str]:
+    path = arguments.path(file)
+    return read_table(path), str(path)
+
+
+def _drawn(chosen: np.ndarray, source: Labels, trusted: np.ndarray, labels: np.ndarray) -> DrawnRows:
+    columns = {
+        "row": np.array(source.rows), "label": labels, "trusted_label": trusted, "is_corrupted": labels != trusted
+    }  # fmt: skip
     return DrawnRows(chosen, Dataset.from_dict({name: values[chosen] for name, values in columns.items()}))

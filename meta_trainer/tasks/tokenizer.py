@@ -68,6 +68,12 @@ def train_byte_level_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, **SPECIAL_TOKENS)
 
 
+def check_room(max_length: int) -> None:
+    """Raise ValueError for so few sub-tokens that no word fits."""
+    if max_length < 3:
+        raise ValueError(f"max_length must leave room for a word between two special tokens, got {max_length}.")
+
+
 def check_max_length(max_length: int, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
     """Return the most sub-tokens that tokenizer and model can take.
 

@@ -23,10 +23,12 @@ from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
+from meta_trainer.tasks.noisy_ner import NoisyNerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
 
 SOUND = {
     "ner": {"task": "ner", "source_data": "generated", "target_data": "generated"},
+    "noisy_ner": {"task": "noisy_ner", "data": "generated"},
     "text_classification": {"task": "text_classification", "data": "generated"},
     "image_classification": {"task": "image_classification", "data": "ylecun/mnist"},
     "language_modeling": {"task": "language_modeling", "sources": ["a=generated", "b=generated"]},
@@ -34,6 +36,7 @@ SOUND = {
 OURS = (
     RunArguments,
     NerArguments,
+    NoisyNerArguments,
     TextClassificationArguments,
     ImageClassificationArguments,
     LanguageModelingArguments,

@@ -386,5 +386,15 @@ def test_a_module_has_nothing_to_say_and_a_list_says_what_all_members_say():
         def summary(self):
             return {"angle": torch.tensor(30.0)}
 
-    assert MetaWeightNet(4).summary() == {}
-    assert MetaModuleList([MetaWeightNet(4), Angle()]).summary() == {"angle": torch.tensor(30.0)}
+    assert MetaModule().summary() == {}
+    weighing = MetaWeightNet(4)
+    assert MetaModuleList([weighing, Angle()]).summary() == {**weighing.summary(), "angle": torch.tensor(30.0)}
+
+
+def test_of_several_modules_the_one_that_weighs_examples_says_their_weights():
+    weighing, other, losses = MetaWeightNet(4), MetaModule(), torch.rand(3)
+    modules = MetaModuleList([other, weighing])
+    assert modules.weighs_examples
+    assert torch.equal(modules.example_weights(losses, {}), weighing.example_weights(losses, {}))
+    assert not MetaModuleList([other]).weighs_examples
+    assert MetaModuleList([other]).example_weights(losses, {}) is None

@@ -69,6 +69,19 @@ def test_the_candidate_variant_reads_the_losses_that_it_weighs():
     assert torch.equal(net.reduce(losses, {"reference_losses": reference}, None), net.reduce(losses, {}, None))
 
 
+def test_the_weights_of_examples_are_those_of_the_objective_and_of_the_summary():
+    net = MetaWeightNet()
+    losses = torch.tensor([0.0, 0.5, 1.0, 2.0, 4.0])
+
+    weights = net.example_weights(losses, {})
+    assert net.weighs_examples
+    assert_close(weights, literal_weights(net, losses))
+    assert_close(net.reduce(losses, {}, None), weights @ losses / weights.sum())
+    summary = net.summary()
+    assert list(summary) == [f"weight_at_loss_{loss}" for loss in ("0", "0.5", "1", "2", "4")]
+    assert_close(torch.stack(list(summary.values())), weights.detach())
+
+
 def test_weights_that_underflow_together_give_zero_and_not_nan():
     net, losses = MetaWeightNet(), torch.rand(3, requires_grad=True)
     with torch.no_grad():

@@ -45,7 +45,7 @@ def test_meta_metrics_are_logged_with_the_training_loss_and_nowhere_else(tmp_pat
     logs = trainer.state.log_history
     with_loss = [log for log in logs if "loss" in log]
     assert [log["step"] for log in with_loss] == [3, 6]
-    assert all({key for key in log if "meta" in key} == NAMES for log in with_loss)
+    assert all({key for key in log if key.startswith("meta/")} == NAMES for log in with_loss)
     assert not any("meta" in key for log in logs if "loss" not in log for key in log)
     assert len(taken) == 2
 
@@ -109,11 +109,11 @@ def test_the_objective_is_not_compared_with_that_of_a_micro_batch(tmp_path):
 def test_what_the_meta_module_says_of_its_parameters_is_logged_with_the_training_loss(tmp_path):
     class Talkative(MetaWeightNet):
         def summary(self):
-            return {"bias": self.network[2].bias[0]}
+            return {"last_bias": self.network[2].bias[0]}
 
     trainer = meta_trainer(tmp_path, model=PointClassifier(), meta_module=Talkative(4), max_steps=2, logging_steps=1)
     trainer.train()
 
     *rows, last = (row for row in trainer.state.log_history if "loss" in row)
-    assert len({row["meta_module/bias"] for row in [*rows, last]}) == 2
-    assert last["meta_module/bias"] == trainer.meta_module.network[2].bias[0].item()
+    assert len({row["meta_module/last_bias"] for row in [*rows, last]}) == 2
+    assert last["meta_module/last_bias"] == trainer.meta_module.network[2].bias[0].item()

@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meta_trainer.tasks.labelled_data import LabelledDataArguments
+from meta_trainer.tasks.class_labels import ClassLabelArguments
 
 
 @dataclass
-class ImageClassificationArguments(LabelledDataArguments):
+class ImageClassificationArguments(ClassLabelArguments):
     """Where images and labels come from, which of them are trusted, how either is changed, and which model reads them.
 
     The data are either a data set (``data``) or single files (``train_file`` ...), never both.

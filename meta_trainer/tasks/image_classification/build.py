@@ -15,6 +15,7 @@ from meta_trainer.tasks.image_classification.images import PIXELS, decode
 from meta_trainer.tasks.image_classification.lenet import LeNetConfig
 from meta_trainer.tasks.image_classification.loading import ImageData, load_image_data
 from meta_trainer.tasks.image_classification.pixels import ImageTransform, ProcessedPixels, ReadPixels, ResizedPixels
+from meta_trainer.tasks.labelled_rows import label_record
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
@@ -44,7 +45,7 @@ def build_image_classification_task(
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.num_meta_examples:
+    if with_meta and not arguments.has_meta_set:
         raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
     data = load_image_data(arguments, seed)
     processor: BaseImageProcessor | None = None
@@ -80,7 +81,7 @@ def build_image_classification_task(
         main_metric="accuracy",
         pipeline_tag="image-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
-        training_labels=record,
+        training_labels=label_record(record, data.classes, arguments),
     )
 
 

@@ -8,7 +8,7 @@ from datasets import Dataset
 from meta_trainer.tasks.image_classification.arguments import ImageClassificationArguments
 from meta_trainer.tasks.image_classification.images import Images, read_images
 from meta_trainer.tasks.label_columns import class_names
-from meta_trainer.tasks.labelled_rows import draw_rows, label_ids, read_source
+from meta_trainer.tasks.labelled_rows import draw_rows, label_ids, read_meta_file, read_source
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ def load_image_data(arguments: ImageClassificationArguments, seed: int) -> Image
     """
     train = _load(arguments, "train")
     others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.sources(kind)}
-    classes = class_names([images.labels for images in (train, *others.values())])
-    drawn, meta = draw_rows(train.labels, classes, arguments, seed)
+    checked = _load_meta(arguments)
+    further = [] if checked is None else [checked]
+    classes = class_names([images.labels for images in (train, *others.values(), *further)])
+    drawn, meta = draw_rows(train.labels, None if checked is None else checked.labels, classes, arguments, seed)
     most = {"validation": None, "test": arguments.max_test_examples}
     scored = {kind: _scored(images, classes, most[kind], arguments.subset_seed) for kind, images in others.items()}
     return ImageData(
         classes,
         train=train.select(drawn.positions, np.array(drawn.record["label"])),
         train_record=drawn.record,
-        meta=train.select(meta.positions, np.array(meta.record["label"])),
+        meta=(checked or train).select(meta.positions, np.array(meta.record["label"])),
         meta_record=meta.record,
         validation=scored.get("validation"),
         test=scored.get("test"),
@@ -75,3 +77,8 @@ def _load(arguments: ImageClassificationArguments, kind: str) -> Images:
     parts = [read_source(arguments, source) for source in arguments.sources(kind)]
     columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
     return read_images(parts, arguments.image_column, arguments.label_column, *columns)
+
+
+def _load_meta(arguments: ImageClassificationArguments) -> Images | None:
+    found = read_meta_file(arguments)
+    return None if found is None else read_images([found], arguments.image_column, arguments.label_column)

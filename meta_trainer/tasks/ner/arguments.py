@@ -7,6 +7,7 @@ from typing import Literal
 from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
 from meta_trainer.tasks.ner.files import FILE_SUFFIXES
 from meta_trainer.tasks.ner.tags import parse_tag_map
+from meta_trainer.tasks.tokenizer import check_room
 
 GENERATED = "generated"
 FILE_FIELDS = ("source_train_file", "target_train_file", "target_validation_file", "target_test_file")
@@ -137,10 +138,7 @@ class NerArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        if self.max_length < 3:
-            raise ValueError(
-                f"max_length must leave room for a word between two special tokens, got {self.max_length}."
-            )
+        check_room(self.max_length)
         if self.subset_seed < 0:
             raise ValueError(f"subset_seed must not be negative, got {self.subset_seed}.")
         if self.meta_split not in ("per_batch", "fixed"):

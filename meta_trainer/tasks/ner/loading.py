@@ -78,26 +78,47 @@ def _load(ner: NerArguments, side: str, kind: str) -> Sentences | None:
         sentences = None if file is None else read_file(ner.path(file), ner.tokens_column, ner.tags_column, exclude)
     else:
         split = getattr(ner, f"{side}_{kind}_split")
+        columns = ("tokens", "ner_tags") if data == GENERATED else (ner.tokens_column, ner.tags_column)
         subset = getattr(ner, f"{side}_subset")
-        sentences = None if split is None else _load_split(data, subset, split, side, ner, exclude)
+        if data == GENERATED:
+            subset = subset or (SOURCE_LOCALE if side == "source" else TARGET_LOCALE)
+        sentences = None if split is None else read_split(data, subset, split, ner.path(data), *columns, exclude)
     if sentences is not None and not len(sentences):
         raise ValueError(f"{sentences.name} holds no sentence.")
     return sentences
 
 
-def _load_split(
-    data: str, subset: str | None, split: str, side: str, ner: NerArguments, exclude: str | None
+def read_split(
+    data: str,
+    subset: str | None,
+    split: str,
+    folder: Path,
+    tokens_column: str,
+    tags_column: str,
+    exclude_column: str | None = None,
 ) -> Sentences:
+    """Read a split of the embedded corpus, of a local folder or of a Hub data set.
+
+    Args:
+        data: ``generated``, or the name of the data set.
+        subset: Subset of the data set; generated: its locale.
+        split: Name of the split.
+        folder: Where ``data`` is looked up first.
+        tokens_column: Column of the words.
+        tags_column: Column of the tags.
+        exclude_column: Boolean column; sentences where it is true are left out.
+
+    Raises:
+        ValueError: If there is no such split, or what it holds are no tagged sentences.
+    """
     name = f"{data}{f' ({subset})' if subset else ''}, split {split}"
     if data == GENERATED:
-        locale = subset or (SOURCE_LOCALE if side == "source" else TARGET_LOCALE)
-        return read_columns(generate_corpus(locale, split), name, "tokens", "ner_tags", exclude)
-    folder = ner.path(data)
+        return read_columns(generate_corpus(str(subset), split), name, tokens_column, tags_column, exclude_column)
     conll = _conll_file(folder / (subset or ""), split)
     if conll is not None:
-        return read_file(conll, ner.tokens_column, ner.tags_column, exclude)
+        return read_file(conll, tokens_column, tags_column, exclude_column)
     dataset = load_split(str(folder) if folder.is_dir() else data, subset, split)
-    return read_columns(dataset, name, ner.tokens_column, ner.tags_column, exclude)
+    return read_columns(dataset, name, tokens_column, tags_column, exclude_column)
 
 
 def _conll_file(folder: Path, split: str) -> Path | None:

@@ -1,6 +1,7 @@
 """IOB2 tags: the check, the renaming of entity types, and the joint inventory of several data sets."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from reprlib import repr as short
 
 from meta_trainer.tasks.ner.sentences import Sentences
@@ -63,4 +64,4 @@ def map_entity_types(sentences: Sentences, tag_map: Mapping[str, str]) -> Senten
         new_type = tag_map.get(tag[2:], tag[2:])
         new_tags[tag] = OUTSIDE if new_type == OUTSIDE else tag[:2] + new_type
     tags = [[new_tags[tag] for tag in row] for row in sentences.tags]
-    return Sentences(sentences.name, sentences.tokens, tags, sentences.lines)
+    return replace(sentences, tags=tags)

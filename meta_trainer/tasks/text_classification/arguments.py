@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 
-from meta_trainer.tasks.labelled_data import LabelledDataArguments
+from meta_trainer.tasks.class_labels import ClassLabelArguments
+from meta_trainer.tasks.tokenizer import check_room
 
 GENERATED = "generated"
 
 
 @dataclass
-class TextClassificationArguments(LabelledDataArguments):
+class TextClassificationArguments(ClassLabelArguments):
     """Where texts and labels come from, which of them are trusted, and how labels are corrupted.
 
     The data are either a data set (``data``) or single files (``train_file`` ...), never both.
@@ -33,7 +34,4 @@ class TextClassificationArguments(LabelledDataArguments):
     def __post_init__(self) -> None:
         """Raise ValueError for what cannot work, naming the setting to change."""
         super().__post_init__()
-        if self.max_length < 3:
-            raise ValueError(
-                f"max_length must leave room for a word between two special tokens, got {self.max_length}."
-            )
+        check_room(self.max_length)

@@ -7,6 +7,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from meta_trainer.modules.domain_weights import DOMAIN_COLUMN
 from meta_trainer.tasks.classifier import make_config, make_model
+from meta_trainer.tasks.labelled_rows import label_record
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
@@ -34,7 +35,7 @@ def build_text_classification_task(
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.num_meta_examples:
+    if with_meta and not arguments.has_meta_set:
         raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
     data = load_text_data(arguments, seed)
     tokenizer = _make_tokenizer(model, data)
@@ -46,7 +47,7 @@ def build_text_classification_task(
 
     train_dataset = encode(train, tokenizer, arguments.max_length)
     domains: list[str] = []
-    if arguments.domain_column is not None:
+    if with_meta and arguments.domain_column is not None:
         domains = sorted(set(train["domain"]))
         train_dataset = train_dataset.add_column(DOMAIN_COLUMN, [domains.index(name) for name in train["domain"]])
 
@@ -66,7 +67,7 @@ def build_text_classification_task(
         pipeline_tag="text-classification",
         baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
         domains=tuple(domains),
-        training_labels=train.remove_columns("text"),
+        training_labels=label_record(train, data.classes, arguments),
     )
 
 

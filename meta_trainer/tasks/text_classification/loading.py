@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from meta_trainer.tasks.label_columns import class_names
-from meta_trainer.tasks.labelled_rows import DrawnRows, draw_rows, label_ids, read_source
+from meta_trainer.tasks.labelled_rows import DrawnRows, draw_rows, label_ids, read_meta_file, read_source
 from meta_trainer.tasks.text_classification.arguments import GENERATED, TextClassificationArguments
 from meta_trainer.tasks.text_classification.corpus import generate_corpus
 from meta_trainer.tasks.text_classification.texts import Texts, read_texts
@@ -19,7 +19,8 @@ class TextData:
         classes: Names of the classes in the order of their ids.
         train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), ``trusted_label`` and
             ``is_corrupted``, and ``domain``, the name of the source, where a column names it.
-        meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart.
+        meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart. Rows of a
+            file of their own name no source.
         validation: Rows of ``text`` and ``label``, or None.
         test: The same, or None.
     """
@@ -43,8 +44,10 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
     """
     train = _load(arguments, "train")
     others = {kind: _load(arguments, kind) for kind in ("validation", "test") if arguments.sources(kind)}
-    classes = class_names([texts.labels for texts in (train, *others.values())])
-    drawn, meta = draw_rows(train.labels, classes, arguments, seed)
+    checked = _load_meta(arguments)
+    further = [] if checked is None else [checked]
+    classes = class_names([texts.labels for texts in (train, *others.values(), *further)])
+    drawn, meta = draw_rows(train.labels, None if checked is None else checked.labels, classes, arguments, seed)
     scored = {
         kind: Dataset.from_dict({"text": texts.texts, "label": label_ids(texts.labels.labels, classes)})
         for kind, texts in others.items()
@@ -52,7 +55,7 @@ def load_text_data(arguments: TextClassificationArguments, seed: int) -> TextDat
     return TextData(
         classes,
         train=_with_texts(train, drawn),
-        meta=_with_texts(train, meta),
+        meta=_with_texts(checked or train, meta),
         validation=scored.get("validation"),
         test=scored.get("test"),
     )
@@ -75,3 +78,8 @@ def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
     own = (arguments.train_label_column, arguments.exclude_column, arguments.domain_column)
     columns = own if kind == "train" else (None, None, None)
     return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
+
+
+def _load_meta(arguments: TextClassificationArguments) -> Texts | None:
+    found = read_meta_file(arguments)
+    return None if found is None else read_texts(*found, arguments.text_column, arguments.label_column)

@@ -1,32 +1,15 @@
 """Small sets of images for the tests of image classification."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from PIL import Image as PillowImage
+from pictures import picture, png
 
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """The content of a file."""
-    file = io.BytesIO()
-    PillowImage.fromarray(pixels).save(file, format="png")
-    return file.getvalue()
-
-
-def picture(number: int, size: int = 16, channels: int = 1) -> np.ndarray:
-    """A bright half whose side is the class, 0 or 1, over noise that the number decides."""
-    pixels = np.random.default_rng(number).integers(0, 60, size=(size, size, channels), dtype=np.uint8)
-    half = slice(0, size // 2) if number % 2 == 0 else slice(size // 2, size)
-    pixels[:, half] += 150
-    return pixels[..., 0] if channels == 1 else pixels
 
 
 @pytest.fixture

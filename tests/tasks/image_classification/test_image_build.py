@@ -4,7 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from pictures import picture
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
@@ -40,7 +40,11 @@ def test_batches_hold_what_the_model_takes_and_nothing_of_the_noise(small, tmp_p
 def test_the_record_of_the_labels_goes_with_the_training_rows(small):
     task = build(small(label_noise="uniform", label_noise_share=0.5))
     assert task.training_labels.column_names == ["row", "label", "trusted_label", "is_corrupted"]
-    assert task.training_labels["label"][:] == task.train_dataset["labels"][:]
+    names = task.model_init().config.id2label
+    assert task.training_labels["label"][:] == [names[label] for label in task.train_dataset["labels"]]
+    wrong = [row["label"] != row["trusted_label"] for row in task.training_labels.to_list()]
+    assert task.training_labels["is_corrupted"][:] == wrong
+    assert sum(wrong) == 16
     images = torch.stack([row["pixel_values"] for row in task.train_dataset])
     expected = np.stack([picture(row) for row in task.training_labels["row"]])
     assert_close(images[:, 0], torch.tensor(expected / 255 / 0.5 - 1).float())
@@ -72,6 +76,17 @@ def test_the_baseline_on_both_sets_adds_the_meta_rows_with_trusted_labels(small)
     assert both.train_dataset["labels"][32:] == method.meta_dataset["labels"][:]
     assert both.training_labels.to_list()[:32] == method.training_labels.to_list()
     assert not any(both.training_labels["is_corrupted"][32:])
+
+
+def test_a_file_of_trusted_images_is_the_meta_set_and_leaves_all_others_to_train_on(small, write_images):
+    checked = small(meta_file=write_images("checked.parquet", range(200, 206)), train_on_meta=True, num_meta_examples=0)
+    method, both = build(checked), build(checked, with_meta=False)
+    assert (len(method.train_dataset), len(method.meta_dataset), len(both.train_dataset)) == (40, 6, 46)
+    expected = np.stack([picture(number) for number in range(200, 206)])
+    for found in (method.meta_dataset[:]["pixel_values"], both.train_dataset[40:]["pixel_values"]):
+        assert_close(found[:, 0], torch.tensor(expected / 255 / 0.5 - 1).float())
+    assert method.meta_dataset["labels"][:] == [0, 1] * 3
+    assert method.training_labels.column_names == both.training_labels.column_names == ["row", "label"]
 
 
 @pytest.mark.parametrize("image_model", ["lenet", "resnet32"])

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from conftest import picture
 from datasets import Dataset
+from pictures import picture
 
 from meta_trainer.tasks.image_classification import ImageClassificationArguments
 from meta_trainer.tasks.image_classification.images import decode, read_images

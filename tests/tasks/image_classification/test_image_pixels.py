@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import picture, png
+from pictures import picture, png
 from torch.testing import assert_close
 
 from meta_trainer.modules.input_rotation import rotate

@@ -75,23 +75,14 @@ def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
     assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
 
 
-def test_the_grid_names_recipes_and_settings_that_are_valid(tmp_path, monkeypatch):
-    monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
-    (tmp_path / "text").mkdir()
-    grid = yaml.safe_load((FOLDER / "grids" / "agnews.yaml").read_text())
-    for source in grid["settings"]["sources"]:
-        (tmp_path / source.partition("=")[2]).touch()
-    (tmp_path / grid["settings"]["test_texts"]).touch()
-    for base in grid["recipes"].values():
-        cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **grid["settings"]}
-        (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
-        assert read_recipe(str(tmp_path / "cell.yaml"), []).task.trusted_source == "news"
-
-
 @pytest.mark.parametrize(
     ("task", "settings", "message"),
     [
-        ("ner", {"source_data": "generated", "target_data": "generated"}, "which task='ner' does not have"),
+        (
+            "ner",
+            {"source_data": "generated", "target_data": "generated"},
+            "not for task='ner'. Choose among representation_transform",
+        ),
         ("text_classification", {"data": "generated"}, "of which task='text_classification' has one here"),
         ("language_modeling", {"sources": ["a=generated"]}, "of which task='language_modeling' has one here"),
     ],

@@ -40,8 +40,9 @@ def test_batches_hold_what_the_model_takes_and_nothing_of_the_noise(generated, t
 
 def test_the_record_of_the_labels_goes_with_the_training_rows(generated, tiny_model):
     task = build(generated(label_noise="uniform", label_noise_share=0.5), tiny_model)
-    assert task.training_labels.column_names == ["row", "label", "trusted_label", "is_corrupted"]
-    assert task.training_labels["label"] == task.train_dataset["labels"]
+    assert task.training_labels.column_names == ["row", "text", "label", "trusted_label", "is_corrupted"]
+    names = task.model_init().config.id2label
+    assert list(task.training_labels["label"]) == [names[label] for label in task.train_dataset["labels"]]
     assert sum(task.training_labels["is_corrupted"]) == len(task.train_dataset) / 2
 
 
@@ -118,3 +119,9 @@ def test_settings_that_do_not_fit_data_or_model_are_refused(generated, tiny_mode
 
 def test_a_plain_run_may_do_without_a_meta_set(generated, tiny_model):
     assert len(build(generated(num_meta_examples=0), tiny_model, with_meta=False).train_dataset) == 120
+
+
+def test_labels_that_no_one_checked_have_no_trusted_ones_beside_them(tiny_model, write_rows):
+    doubtful = write_rows("train.jsonl", [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(9)])
+    arguments = TextClassificationArguments(train_file=doubtful, meta_file=doubtful, num_meta_examples=0)
+    assert build(arguments, tiny_model).training_labels.column_names == ["row", "text", "label"]

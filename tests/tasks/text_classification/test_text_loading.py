@@ -122,3 +122,18 @@ def test_trec_and_the_distant_labels_of_hausa_headlines_are_loaded(data_dir):
     )
     data = load_text_data(hausa, seed=1)
     assert np.mean(data.train["is_corrupted"]) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_file_of_trusted_rows_is_the_meta_set_and_leaves_all_others_to_train_on(write_rows):
+    doubtful = write_rows("train.jsonl", [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(9)])
+    checked = write_rows("checked.jsonl", [{"text": f"c{i}", "label": "abc"[i % 3]} for i in range(5)])
+    arguments = TextClassificationArguments(train_file=doubtful, meta_file=checked)
+    data = load_text_data(arguments, seed=0)
+    assert data.classes == ["a", "b", "c"]
+    assert sorted(data.train["text"]) == [f"t{i}" for i in range(9)]
+    assert list(data.meta["text"]) == [f"c{i}" for i in range(5)]
+    assert list(data.meta["label"]) == [0, 1, 2, 0, 1]
+    assert not arguments.knows_errors
+    noise = {"label_noise": "flip", "label_noise_share": 0.5}
+    assert TextClassificationArguments(train_file=doubtful, meta_file=checked, **noise).knows_errors
+    assert TextClassificationArguments(train_file=doubtful).knows_errors

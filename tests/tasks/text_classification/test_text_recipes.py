@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 
 from meta_trainer import DomainWeights, MetaTrainer, MetaWeightNet
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
 from meta_trainer.tasks.text_classification import TextClassificationArguments
+from meta_trainer.tasks.text_classification.corpus import SIZES, generate_corpus
 
 FOLDER = recipes_folder() / "text_classification"
+TOPICS = ("business", "culture", "science", "sport")
 TINY = {
     "task": "text_classification",
     "data": "generated",
@@ -70,11 +73,33 @@ def test_a_run_leaves_model_meta_module_card_labels_and_results(tmp_path, card_t
     assert all(0 <= result["metrics"]["macro_f1"] <= 1 for result in results["results"])
     assert card_tasks == ["text-classification"] * 2
 
-    labels = pyarrow.parquet.read_table(run / "training_labels.parquet").to_pylist()
-    assert len(labels) == 60
-    assert sum(row["is_corrupted"] for row in labels) == 24
-    assert all(row["is_corrupted"] == (row["label"] != row["trusted_label"]) for row in labels)
-    assert len(pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet")) == 80
+    baseline = pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet").to_pylist()
+    assert len(baseline) == 80
+    assert baseline[0].keys() == {"row", "text", "label", "trusted_label", "is_corrupted"}
+
+
+def test_a_run_that_weighs_examples_leaves_their_weights_in_the_place_of_their_labels(tmp_path):
+    assert main(["train", "--config", recipe(tmp_path)]) == 0
+    run = tmp_path / "run"
+    rows = pyarrow.parquet.read_table(run / "training_weights.parquet").to_pylist()
+    assert len(rows) == 60
+    assert sum(row["is_corrupted"] for row in rows) == 24
+    assert all(row["is_corrupted"] == (row["label"] != row["trusted_label"]) for row in rows)
+    assert {name for row in rows for name in (row["label"], row["predicted_label"])} <= set(TOPICS)
+    assert [row["weight"] for row in rows] == sorted(row["weight"] for row in rows)
+    corpus = generate_corpus("train")
+    assert all(corpus[row["row"]]["text"] == row["text"] for row in rows)
+    assert not (run / "training_labels.parquet").exists()
+    assert (run / "weights.png").is_file()
+
+    # The saved meta module gives the weights of the file, by the losses of the file.
+    module = MetaWeightNet.from_pretrained(run / "meta_module")
+    losses, weights = (torch.tensor([row[name] for row in rows]) for name in ("loss", "weight"))
+    torch.testing.assert_close(module(losses).detach(), weights, check_dtype=False)
+    (result,) = json.loads((run / "results.json").read_text())["results"]
+    assert 0 <= result["metrics"]["corrupted_auc"] <= 1
+    assert 0 <= result["metrics"]["corrupted_auc_by_loss"] <= 1
+    assert result["history"][0]["meta_module/weight_at_loss_0.5"] > 0
 
 
 def test_a_column_of_sources_is_weighed(tmp_path, card_tasks):
@@ -89,8 +114,29 @@ def test_a_column_of_sources_is_weighed(tmp_path, card_tasks):
     module = DomainWeights.from_pretrained(tmp_path / "run" / "meta_module")
     assert module.domains == ["site 0", "site 1", "site 2"]
     assert module.all_weights().std() > 0
-    labels = pyarrow.parquet.read_table(tmp_path / "run" / "training_labels.parquet").to_pylist()
-    assert all(row["domain"] == rows[row["row"]]["origin"] for row in labels)
+    found = pyarrow.parquet.read_table(tmp_path / "run" / "training_weights.parquet").to_pylist()
+    assert all(row["domain"] == rows[row["row"]]["origin"] for row in found)
+    weights = dict(zip(module.domains, module.all_weights().tolist(), strict=True))
+    assert [row["weight"] for row in found] == pytest.approx([weights[row["domain"]] for row in found])
+
+
+def test_a_baseline_on_both_sets_needs_no_sources_of_checked_rows(tmp_path):
+    rows = [{"text": f"a {kind} text {i}", "label": kind, "origin": f"site {i % 3}"} for i, kind in enumerate("ab" * 9)]
+    file, checked = tmp_path / "rows.jsonl", tmp_path / "checked.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    checked.write_text("\n".join(json.dumps({"text": row["text"], "label": row["label"]}) for row in rows[:6]))
+    settings = {"data": None, "train_file": str(file), "meta_file": str(checked), "test_file": str(file)}
+    settings |= {"domain_column": "origin", "label_noise": "none", "label_noise_share": 0.0, "max_train_examples": None}
+    both = {
+        "meta_module": "domain_weights",
+        "eval_strategy": "no",
+        "compare_with_baseline": True,
+        "train_on_meta": True,
+    }
+    assert main(["train", "--config", recipe(tmp_path, **settings, **both)]) == 0
+    baseline = pyarrow.parquet.read_table(tmp_path / "run" / "baseline" / "training_labels.parquet").to_pylist()
+    assert [row["domain"] for row in baseline[len(rows) :]] == [None] * 6
+    assert baseline[0].keys() == {"row", "text", "label", "domain"}
 
 
 WEIGHT_DECAY = recipes_folder() / "weight_decay"
@@ -128,7 +174,7 @@ def test_the_task_says_which_keys_there_are(tmp_path):
         read_recipe(recipe(tmp_path), ["--label_nois", "flip"])
     with pytest.raises(ValueError, match=r"'--target_data'\. It is a key of task='ner', and this is task='text_class"):
         read_recipe(recipe(tmp_path), ["--target_data", "generated"])
-    with pytest.raises(ValueError, match=r"unknown key 'data'\. It is a key of task='text_classification'"):
+    with pytest.raises(ValueError, match=r"'data'\. It is a key of task='noisy_ner' or 'text_classification' or"):
         read_recipe(recipe(tmp_path, task="ner"), [])
 
 
@@ -149,11 +195,51 @@ def test_training_on_the_meta_set_is_refused_where_a_meta_module_learns_from_it(
 def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
     contents = {file.stem: yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")}
     plain = contents.pop("plain")
-    assert set(contents) == {"plain_with_meta_set", "meta_weight_net_evograd"}
+    nets = {f"meta_weight_net_{name}" for name in ("evograd", "t1t2", "best")}
+    assert set(contents) == {"plain_with_meta_set", *nets}
     for other in contents.values():
         assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
-    both = contents["plain_with_meta_set"]
+    both = contents.pop("plain_with_meta_set")
     assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
+    estimator = {"description", "method", "hypergradient", "num_candidates", "sigma", "temperature", "noise"}
+    first, *others = ({k: v for k, v in recipe.items() if k not in estimator} for recipe in contents.values())
+    assert all(other == first for other in others)
+
+
+# What takes a recipe off the Hub and makes it small.
+OFFLINE = [
+    "--model_name_or_path",
+    "none",
+    "--data",
+    "generated",
+    "--label_column",
+    "label",
+    "--num_meta_examples",
+    "20",
+]
+SMALL = ["--max_train_examples", "40", "--hidden_size", "16", "--num_hidden_layers", "1", "--intermediate_size", "16"]
+SHORT = [
+    "--vocab_size",
+    "400",
+    "--max_steps",
+    "2",
+    "--logging_steps",
+    "1",
+    "--use_cpu",
+    "true",
+    "--disable_tqdm",
+    "true",
+]
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_runs(file, tmp_path, monkeypatch):
+    monkeypatch.setitem(SIZES, "test", 20)
+    settings = [*OFFLINE, *SMALL, *SHORT, "--output_dir", str(tmp_path)]
+    assert main(["train", "--config", str(file), *settings]) == 0
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert result["steps"] == 2
+    assert ("corrupted_auc" in result["metrics"]) == ("meta_weight_net" in file.stem)
 
 
 def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_labels_in_five():
@@ -164,17 +250,3 @@ def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_
         ["meta_weight_net"], "evograd", ["head"],
     )  # fmt: skip
     assert (training.per_device_train_batch_size, training.per_device_meta_batch_size) == (32, 32)
-
-
-def test_every_grid_names_recipes_and_settings_that_are_valid(tmp_path, monkeypatch):
-    monkeypatch.setenv("META_TRAINER_DATA", str(tmp_path))
-    (tmp_path / "text").mkdir()
-    for file in (*(FOLDER / "grids").glob("*.yaml"), *(WEIGHT_DECAY / "grids").glob("*.yaml")):
-        grid = yaml.safe_load(file.read_text())
-        for name in ("train_file", "test_file"):
-            (tmp_path / grid["settings"][name]).touch()
-        for base in grid["recipes"].values():
-            for target in grid["targets"].values():
-                cell = {**yaml.safe_load((recipes_folder() / base).read_text()), **grid["settings"], **target}
-                (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
-                assert read_recipe(str(tmp_path / "cell.yaml"), []).task.train_file == "text/trec6_train.parquet"

@@ -1,0 +1,66 @@
+"""Named entity recognition with noisy tags as a task."""
+
+from functools import partial
+
+from datasets import Dataset
+from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+
+from meta_trainer.tasks.classifier import make_config, make_model
+from meta_trainer.tasks.model import ModelArguments
+from meta_trainer.tasks.ner.build import EVALUATION_LENGTH
+from meta_trainer.tasks.ner.encoding import encode
+from meta_trainer.tasks.ner.metrics import EntityScores
+from meta_trainer.tasks.ner.sentences import Sentences, concatenate
+from meta_trainer.tasks.ner.tokenizer import make_tokenizer
+from meta_trainer.tasks.noisy_ner.arguments import NoisyNerArguments
+from meta_trainer.tasks.noisy_ner.loading import load_noisy_ner_data
+from meta_trainer.tasks.noisy_ner.record import record_labels
+from meta_trainer.tasks.task import Task
+from meta_trainer.tasks.tokenizer import check_max_length
+
+
+def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *, seed: int, with_meta: bool) -> Task:
+    """Load data and tokenizer, and put together what a run needs.
+
+    Args:
+        arguments: Data, meta set and noise.
+        model: Base model.
+        seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
+        with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
+            where ``train_on_meta`` says so.
+
+    Returns:
+        The task. Its training tags may be wrong, those of all other sets are the trusted ones.
+
+    Raises:
+        ValueError: If data, settings and model do not fit each other.
+    """
+    if with_meta and not arguments.has_meta_set:
+        raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+    data = load_noisy_ner_data(arguments, seed)
+    # On both sets, whichever is trained on: methods that are compared read the same sub-tokens.
+    tokenizer = make_tokenizer(model, [data.train, *([data.meta] if len(data.meta) else [])])
+    config = make_config(model, data.tags, tokenizer)
+    evaluation_length = min(EVALUATION_LENGTH, check_max_length(arguments.max_length, tokenizer, config))
+    joint = arguments.train_on_meta and not with_meta
+    further = [data.meta] if joint else []
+    train, trusted = concatenate([data.train, *further]), concatenate([data.train_trusted, *further])
+    record = record_labels(train, trusted, tokenizer, arguments.max_length)
+
+    def encoded(sentences: Sentences | None, length: int) -> Dataset | None:
+        return None if sentences is None else encode(sentences, tokenizer, data.tags, length)
+
+    return Task(
+        model_init=partial(make_model, AutoModelForTokenClassification, model, config, seed),
+        processing_class=tokenizer,
+        train_dataset=encode(train, tokenizer, data.tags, arguments.max_length),
+        meta_dataset=encoded(data.meta, arguments.max_length) if with_meta else None,
+        eval_dataset=encoded(data.validation, evaluation_length),
+        test_dataset=encoded(data.test, evaluation_length),
+        data_collator=DataCollatorForTokenClassification(tokenizer),
+        compute_metrics=EntityScores(data.tags),
+        main_metric="f1",
+        pipeline_tag="token-classification",
+        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        training_labels=record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"]),
+    )
