@@ -108,8 +108,8 @@ def test_the_recipe_has_the_papers_settings():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"meta_module": "meta_weight_net"}, "'meta_weight_net' does not go with task='few_shot'"),
-        ({"meta_module": "representation_transform"}, "Choose 'feature_wise_transform'"),
+        ({"meta_module": "meta_weight_net"}, "'language_modeling', not for task='few_shot'"),
+        ({"meta_module": "representation_transform"}, "Choose among feature_wise_transform"),
         ({"fixed_transform": True}, "`fixed_transform` is for a baseline"),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy should be 'sequential', got 'random'"),
         ({"model_name_or_path": "bert"}, "'bert': task='few_shot' trains its backbone from scratch"),
