@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from meta_trainer.modules.meta_module import EXAMPLE_OF_LOSS, Batch, MetaModule
 from meta_trainer.modules.weighted_mean import weighted_mean
@@ -51,7 +52,8 @@ class DomainWeights(MetaModule):
 
     def forward(self, domain: Tensor) -> Tensor:
         """Weights, of the same shape, of the numbers of domains."""
-        return self.all_weights()[domain]
+        # A lookup that refuses negative numbers as well, on every device.
+        return F.embedding(domain, self.all_weights().unsqueeze(1)).squeeze(-1)
 
     def all_weights(self) -> Tensor:
         """Weight of each domain, ``[D]``, in their order; one in the mean."""
@@ -95,7 +97,9 @@ class DomainWeights(MetaModule):
         if not is_tensor or domain.dim() != 1 or domain.is_floating_point() or domain.dtype == torch.bool:
             found = f"{domain.dtype} of shape {list(domain.shape)}" if is_tensor else repr(domain)
             raise ValueError(f"DomainWeights expects a column {expected}, got {found}.")
-        unknown = domain[(domain < 0) | (domain >= len(self.domains))]
-        if len(unknown):
-            raise ValueError(f"DomainWeights expects a column {expected}, got the number {unknown[0].item()}.")
+        # An accelerator would have to be waited for; there, the lookup fails by itself.
+        if domain.device.type == "cpu":
+            unknown = domain[(domain < 0) | (domain >= len(self.domains))]
+            if len(unknown):
+                raise ValueError(f"DomainWeights expects a column {expected}, got the number {unknown[0].item()}.")
         return domain.long()
