@@ -58,6 +58,7 @@ def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
         "sigma",
         "temperature",
         "noise",
+        "meta_guard",
         "weight_net_level",
     }
     first, *others = ({k: v for k, v in recipe.items() if k not in own} for recipe in contents.values())
