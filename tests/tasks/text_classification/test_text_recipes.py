@@ -201,7 +201,16 @@ def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
         assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
     both = contents.pop("plain_with_meta_set")
     assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
-    estimator = {"description", "method", "hypergradient", "num_candidates", "sigma", "temperature", "noise", "meta_guard"}
+    estimator = {
+        "description",
+        "method",
+        "hypergradient",
+        "num_candidates",
+        "sigma",
+        "temperature",
+        "noise",
+        "meta_guard",
+    }
     first, *others = ({k: v for k, v in recipe.items() if k not in estimator} for recipe in contents.values())
     assert all(other == first for other in others)
 
