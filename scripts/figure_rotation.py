@@ -1,6 +1,6 @@
 """Draw how the angle of a learned rotation was found, from the runs' results.
 
-    python scripts/figure_rotation.py runs/rotation/30° --method "EvoGrad, two pairs"
+    python scripts/figure_rotation.py runs/rotation/30° --method "EvoGrad, guided"
 
 The folder is that of a target of `recipes/rotation/grids/mnist.yaml`: one folder for each method, one in it for each
 seed. The left panel has the angle over training of every seed and the true angle; beside it are digits to train on,
