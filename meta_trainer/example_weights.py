@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from meta_trainer.hypergrad import preserved_random_state
+from meta_trainer.module_modes import in_mode
 from meta_trainer.per_example_loss import IGNORED, PerSentenceLoss
 from meta_trainer.trainer import MetaTrainer
 
@@ -62,7 +61,7 @@ def weigh_examples(trainer: MetaTrainer, dataset: Dataset[Any]) -> ExampleWeight
         found = "no meta module" if module is None else type(module).__name__
         raise ValueError(f"Expected a meta module with `example_weights`, such as MetaWeightNet, got {found}.")
     gathered = []
-    with _evaluation_mode(trainer.model_wrapped, module), preserved_random_state([trainer.args.device]):
+    with in_mode(False, trainer.model_wrapped, module), preserved_random_state([trainer.args.device]):
         for batch in _batches_in_order(trainer, dataset):
             columns = _weigh_batch(trainer, dict(trainer._prepare_inputs(batch)))  # [B, T] each
             padded = trainer.accelerator.pad_across_processes(columns, dim=1)
@@ -148,16 +147,3 @@ def _laid_out(values: Tensor, valid: Tensor) -> Tensor:
             f"{len(values)}."
         )
     return laid_out
-
-
-@contextmanager
-def _evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; every submodule gets its own mode back."""
-    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes:
-            submodule.training = mode

@@ -31,6 +31,7 @@ from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
 from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_scheduler
 from meta_trainer.meta_update import SkippedSteps, update_meta_module
+from meta_trainer.module_modes import in_mode
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
 from meta_trainer.objective import META_BATCH
 from meta_trainer.overlap import overlap
@@ -258,7 +259,7 @@ class MetaTrainer(ResumableTrainer):
         # Of a compiled model, the one inside: it heeds hooks and has second derivatives.
         base_model = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         window = self._window if self._window.begins_with(inputs) else Window([inputs])
-        with preserved_random_state([self.args.device]) as random_state, _training_mode(base_model, self.meta_module):
+        with preserved_random_state([self.args.device]) as random_state, in_mode(True, base_model, self.meta_module):
             window, meta_batch = self._meta_step_batches(window)
             for batch in window.batches:
                 self._observe_overlap(base_model, batch, meta_batch)
@@ -522,16 +523,3 @@ def _first_of_a_run() -> Iterator[None]:
             f"The first meta step failed with {type(error).__name__}: {error}. If that is about data, check that the "
             "model takes the train and the meta batches: columns, shapes and types, the range of labels and indices."
         ) from error
-
-
-@contextmanager
-def _training_mode(*modules: nn.Module) -> Iterator[None]:
-    """Train mode for a while; every submodule gets its own mode back."""
-    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
-    for module in modules:
-        module.train()
-    try:
-        yield
-    finally:
-        for submodule, mode in modes:
-            submodule.training = mode
