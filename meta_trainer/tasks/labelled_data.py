@@ -92,10 +92,15 @@ class LabelledDataArguments:
         """The data, as a model card names them."""
         return data_name(self.data, self.subset, next(iter(self.files("train_file")), None))
 
+    def check_meta_set(self) -> None:
+        """Raise ValueError unless there are rows of trusted labels for a meta module to learn from."""
+        if not (self.meta_file or self.num_meta_examples):
+            raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+
     @property
-    def has_meta_set(self) -> bool:
-        """Whether there are rows of trusted labels to learn from."""
-        return bool(self.meta_file or self.num_meta_examples)
+    def baseline(self) -> str:
+        """What a run without a meta module is called in tables."""
+        return "plain training on both sets" if self.train_on_meta else "plain training"
 
     @property
     def knows_errors(self) -> bool:

@@ -45,8 +45,8 @@ def build_image_classification_task(
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.has_meta_set:
-        raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+    if with_meta:
+        arguments.check_meta_set()
     data = load_image_data(arguments, seed)
     processor: BaseImageProcessor | None = None
     if model.model_name_or_path is None:
@@ -80,7 +80,7 @@ def build_image_classification_task(
         compute_metrics=classification_scores,
         main_metric="accuracy",
         pipeline_tag="image-classification",
-        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        baseline=arguments.baseline,
         training_labels=label_record(record, data.classes, arguments),
     )
 

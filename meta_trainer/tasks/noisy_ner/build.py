@@ -35,8 +35,8 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.has_meta_set:
-        raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+    if with_meta:
+        arguments.check_meta_set()
     data = load_noisy_ner_data(arguments, seed)
     # On both sets, whichever is trained on: methods that are compared read the same sub-tokens.
     tokenizer = make_tokenizer(model, [data.train, *([data.meta] if len(data.meta) else [])])
@@ -61,6 +61,6 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
         compute_metrics=EntityScores(data.tags),
         main_metric="f1",
         pipeline_tag="token-classification",
-        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        baseline=arguments.baseline,
         training_labels=record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"]),
     )

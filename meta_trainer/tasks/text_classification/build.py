@@ -35,8 +35,8 @@ def build_text_classification_task(
     Raises:
         ValueError: If data, settings and model do not fit each other.
     """
-    if with_meta and not arguments.has_meta_set:
-        raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+    if with_meta:
+        arguments.check_meta_set()
     data = load_text_data(arguments, seed)
     tokenizer = _make_tokenizer(model, data)
     config = make_config(model, data.classes, tokenizer)
@@ -65,7 +65,7 @@ def build_text_classification_task(
         compute_metrics=classification_scores,
         main_metric="accuracy",
         pipeline_tag="text-classification",
-        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        baseline=arguments.baseline,
         domains=tuple(domains),
         training_labels=label_record(train, data.classes, arguments),
     )
