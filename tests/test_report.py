@@ -37,17 +37,9 @@ def printed(table) -> str:
 
 
 @pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
-    """The figures that the report draws, in order."""
-    drawn: list[Figure] = []
-
-    class Recorded(Figure):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(report, "Figure", Recorded)
-    return drawn
+def figures(record_figures) -> list[Figure]:
+    """The figures that are drawn, in order."""
+    return record_figures(report)
 
 
 def test_the_table_has_one_row_a_method_with_costs_relative_to_the_first():

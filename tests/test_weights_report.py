@@ -40,17 +40,9 @@ def found(**changes) -> ExampleWeights:
 
 
 @pytest.fixture
-def figures(monkeypatch) -> list[Figure]:
+def figures(record_figures) -> list[Figure]:
     """The figures that are drawn, in order."""
-    drawn: list[Figure] = []
-
-    class Recorded(Figure):
-        def __init__(self, *args, **kwargs) -> None:
-            super().__init__(*args, **kwargs)
-            drawn.append(self)
-
-    monkeypatch.setattr(weights_report, "Figure", Recorded)
-    return drawn
+    return record_figures(weights_report)
 
 
 def test_the_most_suspicious_row_comes_first_with_what_a_reader_needs_to_judge_it():
