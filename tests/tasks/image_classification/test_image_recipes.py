@@ -11,8 +11,8 @@ from meta_trainer import InputRotation, MetaWeightNet
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
 
-ROTATION, CIFAR = recipes_folder() / "rotation", recipes_folder() / "image_classification"
-RECIPES = sorted([*ROTATION.glob("*.yaml"), *CIFAR.glob("*.yaml")])
+ROTATION, CIFAR, DECAY = (recipes_folder() / name for name in ("rotation", "image_classification", "weight_decay"))
+RECIPES = sorted(file for folder in (ROTATION, CIFAR, DECAY) for file in folder.glob("*.yaml"))
 SMALL = {
     "data": None,
     "image_column": "image",
@@ -77,6 +77,9 @@ def test_every_recipe_runs_for_two_steps_and_leaves_its_results(run_small, file)
         module = InputRotation.from_pretrained(run / "meta_module")
         assert len(angles) == 2
         assert 0 < abs(module.summary()["angle"].item()) < 2
+    elif "learned_weight_decay" in settings.get("meta_module", []):
+        logged = {key for key in result["history"][0] if key.startswith("meta_module/")}
+        assert logged == {f"meta_module/weight_decay_*{part}*" for part in ("features", "classifier")}
     elif "meta_module" in settings:
         assert isinstance(MetaWeightNet.from_pretrained(run / "meta_module"), MetaWeightNet)
 
@@ -87,19 +90,33 @@ def test_a_residual_network_has_the_second_derivatives_of_t1t2(run_small):
     assert result["history"][0]["meta/grad_norm"] > 0
 
 
-@pytest.mark.parametrize(("folder", "differing"), [(ROTATION, {"rotate_train_degrees"}), (CIFAR, {"train_on_meta"})])
-def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on(folder, differing):
+@pytest.mark.parametrize(
+    ("folder", "of_baselines", "of_methods"),
+    [
+        (ROTATION, {"rotate_train_degrees"}, set()),
+        (CIFAR, {"train_on_meta"}, set()),
+        (DECAY, {"train_on_meta"}, {"weight_decay", "initial_weight_decay"}),
+    ],
+)
+def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on(folder, of_baselines, of_methods):
     contents = {file.stem: yaml.safe_load(file.read_text()) for file in folder.glob("*.yaml")}
     plain = contents.pop("plain")
     for stem, other in contents.items():
         changed = {key for key in plain if other.get(key) != plain[key]} - {"description", "method"}
         added = {key for key in other.keys() - plain.keys() if not is_meta(key)}
-        assert changed | added <= (differing if "meta_module" not in other else set()), stem
+        assert changed | added <= (of_methods if "meta_module" in other else of_baselines), stem
+
+
+@pytest.mark.parametrize("file", sorted(DECAY.glob("*.yaml")), ids=name)
+def test_a_learned_weight_decay_stands_for_that_of_the_optimizer(file):
+    settings = yaml.safe_load(file.read_text())
+    assert settings["weight_decay"] == (0 if "meta_module" in settings else 0.01)
 
 
 def is_meta(key: str) -> bool:
     estimator = {"hypergradient", "num_candidates", "sigma", "temperature", "noise", "antithetic", "inner_step"}
-    return key in estimator or key.startswith(("meta_", "per_device_meta", "weight_net", "perturb"))
+    prefixes = ("meta_", "per_device_meta", "weight_net", "weight_decay_groups", "perturb")
+    return key in estimator or key.startswith(prefixes)
 
 
 def test_the_target_of_the_matched_digits_is_what_they_are_trained_on():

@@ -139,33 +139,6 @@ def test_a_baseline_on_both_sets_needs_no_sources_of_checked_rows(tmp_path):
     assert baseline[0].keys() == {"row", "text", "label", "domain"}
 
 
-WEIGHT_DECAY = recipes_folder() / "weight_decay"
-
-
-@pytest.mark.parametrize("name", sorted(file.stem for file in WEIGHT_DECAY.glob("*.yaml")))
-def test_the_recipes_of_learned_weight_decay_run(tmp_path, name):
-    base = yaml.safe_load((WEIGHT_DECAY / f"{name}.yaml").read_text())
-    keys = ("meta_module", "perturb", "label_noise", "label_noise_share", "eval_strategy", "logging_steps")
-    own = {key: value for key, value in TINY.items() if key not in keys}
-    clean = {"label_noise": "none", "label_noise_share": 0.0, "label_column": "label"}
-    short = {"max_steps": 2, "logging_steps": 1, "perturb": "all", "meta_module": base.get("meta_module", [])}
-    config = recipe(tmp_path, **{**base, **own, **clean, **short})
-    assert main(["train", "--config", config]) == 0
-    history = json.loads((tmp_path / "run" / "results.json").read_text())["results"][0]["history"]
-    logged = {key for key in history[0] if key.startswith("meta_module/weight_decay")}
-    assert len(logged) == 3 * ("meta_module" in base)
-
-
-def test_the_recipes_of_learned_weight_decay_differ_only_in_what_is_meta_learned_or_trained_on():
-    contents = {file.stem: yaml.safe_load(file.read_text()) for file in WEIGHT_DECAY.glob("*.yaml")}
-    plain = contents.pop("plain")
-    assert set(contents) == {"plain_with_meta_set", "evograd", "t1t2", "best"}
-    for name, other in contents.items():
-        learned = {"weight_decay"} if "meta_module" in other else set()
-        assert {k for k in plain if other.get(k) != plain[k]} == {"description", "method", *learned}, name
-        assert other["weight_decay"] == (0 if learned else plain["weight_decay"])
-
-
 def test_the_task_says_which_keys_there_are(tmp_path):
     assert isinstance(read_recipe(recipe(tmp_path), []).task, TextClassificationArguments)
     from_command_line = ["--task", "text_classification", "--data", "generated", "--use_cpu", "true"]
