@@ -1,5 +1,6 @@
 """The tables of a grid: from what its runs reached to Markdown. No number in them is typed by hand."""
 
+import math
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -49,8 +50,8 @@ class Presentation:
         baselines: Methods that all others are compared with, pair by pair; by default the first.
         columns: More columns, by their heading: a metric, or a value that the meta module logs.
         percent: Whether the metric is a fraction that is shown in percent.
-        paper: For the overview: `row` (what the paper calls it), `module`, `group` (of targets) and `numbers` (the
-            paper's).
+        paper: For the overview: `row` (what the paper calls it), `module`, `group` (a heading of `groups` or a target;
+            all targets by default) and `numbers` (the paper's).
     """
 
     metric: str = "accuracy"
@@ -97,7 +98,7 @@ def _table(runs: Sequence[Run], methods: Sequence[str], targets: Sequence[str], 
         own = [run for run in runs if run.method == method]
         values = [_scores(own, target, presentation) for target in targets]
         mean = [f"{statistics.mean(map(statistics.mean, values)):.2f}" if all(values) else ""] if averaged else []
-        more = [_mean_and_deviation([run.scores[key] for run in own if run.scores.get(key) is not None], 2)
+        more = [_figures([run.scores[key] for run in own if run.scores.get(key) is not None])
                 for key in presentation.columns.values()]  # fmt: skip
         costs = [_median([getattr(run, key) for run in own if run.target in common])
                  for key in ("step_ms", "peak_memory_mib")]  # fmt: skip
@@ -165,7 +166,9 @@ def overview(entries: Sequence[tuple[Presentation, Sequence[str], Sequence[Run]]
         paper = presentation.paper
         if not paper:
             continue
-        targets = presentation.groups.get(paper.get("group", "")) or list(dict.fromkeys(run.target for run in runs))
+        everything = list(dict.fromkeys(run.target for run in runs))
+        group = paper.get("group")
+        targets = presentation.groups.get(group, [group]) if group else everything
         results = []
         for method in methods:
             values = [_scores([r for r in runs if r.method == method], target, presentation) for target in targets]
@@ -200,6 +203,12 @@ def _scores(runs: Sequence[Run], target: str, presentation: Presentation) -> lis
 def _median(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.0f}" if known else ""
+
+
+def _figures(values: Sequence[float]) -> str:
+    """Mean and standard deviation with three figures of the mean, and two decimals at least."""
+    mean = abs(statistics.mean(values)) if values else 0.0
+    return _mean_and_deviation(values, max(2, 2 - math.floor(math.log10(mean))) if mean else 2)
 
 
 def _mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import meta_trainer
 from meta_trainer.recipe import read_recipe, recipes_folder
 from meta_trainer.tasks.ner.files import FILE_SUFFIXES
 
@@ -137,6 +138,10 @@ def test_the_overview_has_a_row_for_every_grid_that_stands_for_a_row_of_a_paper(
     of_its_own = grid_tables.Presentation(metric="f1")
     *_, row = grid_tables.overview([(shown, ["joint", "exact"], runs), (of_its_own, ["joint"], runs)]).split("\n")
     assert row == "| Table 3 | `InputRotation` | [`ner`](ner) | joint 45.0 | 98.11 ± 0.32 |"
+    for groups, group in (({}, "gn"), ({"one of two": ["gn"]}, "one of two")):
+        of_one = grid_tables.Presentation(metric="f1", groups=groups, paper={**paper, "group": group})
+        *_, row = grid_tables.overview([(of_one, ["joint", "exact"], runs)]).split("\n")
+        assert "| joint 30.0; exact 50.0 |" in row
 
 
 def test_a_text_goes_between_its_marks_and_nowhere_else(grid_tables, tmp_path):
@@ -154,6 +159,9 @@ def test_every_cell_of_the_grids_is_a_valid_recipe(run_grid, grid_tables, file, 
     grid = run_grid.load_grid(file)
     shown = grid_tables.Presentation(**grid.presentation)
     assert {target for targets in shown.groups.values() for target in targets} <= set(grid.targets)
+    group = shown.paper.get("group")
+    assert group is None or group in {*shown.groups, *grid.targets}
+    assert not shown.paper or hasattr(meta_trainer, shown.paper["module"])
     assert set(shown.baselines) | set(grid.only) | set(grid.methods) <= set(grid.recipes)
     assert f"<!-- begin: {grid.title} -->" in (recipes_folder() / "README.md").read_text(encoding="utf-8")
     # Cells of further seeds differ from these in a number only.
