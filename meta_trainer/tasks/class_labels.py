@@ -21,3 +21,10 @@ class ClassLabelArguments(LabelledDataArguments):
         default="none",
         metadata={"help": "Corrupt labels to train on: by any other class (uniform), or by one for each class (flip)."},
     )
+    balance_meta_set: bool = field(
+        default=True,
+        metadata={
+            "help": "Draw as many rows of each class for the meta set; false: classes come as they come in the data, "
+            "which a rare class makes the better choice where the test set has it as rarely."
+        },
+    )

@@ -51,8 +51,8 @@ class LabelledDataArguments:
     num_meta_examples: int = field(
         default=200,
         metadata={
-            "help": "Rows with trusted labels, the same number of each class, drawn from the training rows and set "
-            "apart from them, with a meta module or without."
+            "help": "Rows with trusted labels, drawn from the training rows and set apart from them, with a meta "
+            "module or without."
         },
     )
     meta_file: str | None = field(

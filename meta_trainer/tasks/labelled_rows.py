@@ -49,7 +49,9 @@ def draw_rows(
     """
     trusted, noisy = label_ids(labels.labels, classes), label_ids(labels.noisy_labels, classes)  # [N] each
     num_meta = arguments.num_meta_examples if checked is None else 0
-    meta, train = split_off_meta(trusted, classes, num_meta, arguments.max_train_examples, arguments.subset_seed)
+    meta, train = split_off_meta(
+        trusted, classes, num_meta, arguments.max_train_examples, arguments.subset_seed, arguments.balance_meta_set
+    )
     noisy[train] = corrupt_labels(
         noisy[train],
         len(classes),

@@ -6,12 +6,12 @@ import numpy as np
 
 
 def split_off_meta(
-    labels: np.ndarray, classes: Sequence[str], num_meta: int, max_train: int | None, seed: int
+    labels: np.ndarray, classes: Sequence[str], num_meta: int, max_train: int | None, seed: int, balanced: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a class-balanced meta set, and the rows to train on from what is left.
+    """Draw a meta set, and the rows to train on from what is left.
 
-    Every class has ``num_meta // C`` rows in the meta set, the first ``num_meta % C`` classes one more. Nested: with
-    one seed, a smaller meta set is part of a larger one, and so is a smaller draw of rows to train on.
+    Every class has ``num_meta // C`` rows in a balanced meta set, the first ``num_meta % C`` classes one more. Nested:
+    with one seed, a smaller meta set is part of a larger one, and so is a smaller draw of rows to train on.
 
     Args:
         labels: ``[N]``, trusted classes as integers.
@@ -19,6 +19,7 @@ def split_off_meta(
         num_meta: Size of the meta set; 0 for none.
         max_train: Most rows to train on; None: all that are left.
         seed: Of the draws.
+        balanced: Whether every class has as many rows in the meta set; else classes come as they come in the data.
 
     Returns:
         Numbers of the meta rows and of the rows to train on; no row is in both.
@@ -27,19 +28,24 @@ def split_off_meta(
         ValueError: If a class has too few rows for the meta set, or no row is left to train on.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
-    share, rest = divmod(num_meta, len(classes))
+    meta = _balanced(order, labels, classes, num_meta) if balanced else order[:num_meta]
+    left = order[~np.isin(order, meta)]
+    if not len(left):
+        raise ValueError(f"num_meta_examples={num_meta} leaves none of {len(labels)} rows to train on: lower it.")
+    return meta, left[:max_train]
+
+
+def _balanced(order: np.ndarray, labels: np.ndarray, classes: Sequence[str], size: int) -> np.ndarray:
+    """The first rows of every class."""
+    share, rest = divmod(size, len(classes))
     parts = []
     for number, name in enumerate(classes):
         needed = share + (number < rest)
         rows = order[labels[order] == number]
         if len(rows) < needed:
             raise ValueError(
-                f"num_meta_examples={num_meta} takes {needed} training rows of each class, but class {name!r} has "
-                f"{len(rows)}: lower it."
+                f"num_meta_examples={size} takes {needed} training rows of each class, but class {name!r} has "
+                f"{len(rows)}: lower it, or set balance_meta_set=false."
             )
         parts.append(rows[:needed])
-    meta = np.concatenate(parts)
-    left = order[~np.isin(order, meta)]
-    if not len(left):
-        raise ValueError(f"num_meta_examples={num_meta} leaves none of {len(labels)} rows to train on: lower it.")
-    return meta, left[:max_train]
+    return np.concatenate(parts)

@@ -13,6 +13,15 @@ def test_the_meta_set_has_its_size_and_all_classes_alike(size, counts):
     assert np.bincount(LABELS[meta], minlength=3).tolist() == counts
 
 
+def test_classes_come_as_in_the_data_where_the_meta_set_is_not_balanced():
+    labels = np.array([0] * 5000 + [1] * 3000 + [2] * 100)
+    meta, train = split_off_meta(labels, CLASSES, 810, None, seed=0, balanced=False)
+    assert np.bincount(labels[meta], minlength=3) == pytest.approx([500, 300, 10], abs=40)
+    assert sorted([*meta, *train]) == list(range(8100))
+    smaller, _ = split_off_meta(labels, CLASSES, 20, None, seed=0, balanced=False)
+    assert smaller.tolist() == meta[:20].tolist()
+
+
 @pytest.mark.parametrize("seed", [0, 5])
 def test_every_row_is_in_one_of_the_two_parts_and_none_in_both(seed):
     meta, train = split_off_meta(LABELS, CLASSES, 12, None, seed)
