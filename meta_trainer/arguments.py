@@ -92,6 +92,13 @@ class MetaTrainingArguments(TrainingArguments):
         },
     )
     meta_every: int = field(default=1, metadata={"help": "Optimizer steps per meta step."})
+    meta_delay_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Optimizer steps before the first meta step, a share of all when below 1: what a model gets wrong "
+            "says little of its examples before it has learned something, and no meta step costs nothing."
+        },
+    )
     meta_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the meta module."})
     meta_optim: str = field(
         default="adamw_torch", metadata={"help": "Optimizer of the meta module, by a name that `optim` takes."}
@@ -202,8 +209,8 @@ class MetaTrainingArguments(TrainingArguments):
         if not is_positive(self.meta_adam_epsilon):
             raise ValueError(f"`meta_adam_epsilon` should be a positive number, got {self.meta_adam_epsilon!r}.")
         for name in (
-            "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region",
-            "meta_max_skipped",
+            "meta_delay_steps", "meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm",
+            "meta_trust_region", "meta_max_skipped",
         ):  # fmt: skip
             if not is_not_negative(getattr(self, name)):
                 raise ValueError(f"`{name}` should be zero or a positive number, got {getattr(self, name)!r}.")

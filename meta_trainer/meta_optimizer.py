@@ -28,11 +28,27 @@ def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.P
     return optimizer
 
 
+def first_meta_step(args: MetaTrainingArguments, num_training_steps: int) -> int:
+    """The optimizer step, counted from 0, before which the first meta step is taken."""
+    delay = args.meta_delay_steps
+    return math.ceil(delay * num_training_steps) if delay < 1 else int(delay)
+
+
 def create_meta_scheduler(
     args: MetaTrainingArguments, optimizer: torch.optim.Optimizer, num_training_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Schedule of the meta learning rate over the meta steps of a run of `num_training_steps` optimizer steps."""
-    num_meta_steps = math.ceil(num_training_steps / args.meta_every)
+    """Schedule of the meta learning rate over the meta steps of a run of `num_training_steps` optimizer steps.
+
+    Raises:
+        ValueError: If there are none, as the first would come after the end of the run.
+    """
+    delay = first_meta_step(args, num_training_steps)
+    if num_training_steps <= delay:
+        raise ValueError(
+            f"`meta_delay_steps` should be less than the {num_training_steps} optimizer steps of the run, got "
+            f"{args.meta_delay_steps!r}: no meta step would be taken."
+        )
+    num_meta_steps = math.ceil((num_training_steps - delay) / args.meta_every)
     warmup = args.meta_warmup_steps
     return get_scheduler(
         args.meta_lr_scheduler_type,

@@ -29,7 +29,7 @@ from meta_trainer.hypergrad import (
 )
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_metrics import MetaMetrics
-from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_scheduler
+from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_scheduler, first_meta_step
 from meta_trainer.meta_update import SkippedSteps, update_meta_module
 from meta_trainer.module_modes import in_mode
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
@@ -293,7 +293,8 @@ class MetaTrainer(ResumableTrainer):
 
     def _meta_step_is_due(self) -> bool:
         step = self.state.global_step
-        return step % self.args.meta_every == 0 and step != self._last_meta_step_at
+        since_first = step - first_meta_step(self.args, self.state.max_steps)
+        return since_first >= 0 and since_first % self.args.meta_every == 0 and step != self._last_meta_step_at
 
     def _meta_step_batches(self, window: Window) -> tuple[Window, Batch]:
         batches = [dict(batch) for batch in window.batches]

@@ -27,6 +27,34 @@ def test_one_meta_step_comes_before_the_base_step_of_every_meta_every_th_optimiz
     assert trainer.events == expected
 
 
+@pytest.mark.parametrize(("delay", "first"), [(0, 0), (2, 2), (0.25, 1), (0.3, 2), (3, 3)])
+def test_the_first_meta_step_comes_after_the_delay_and_the_others_at_their_distance_from_it(tmp_path, delay, first):
+    trainer = meta_trainer(tmp_path, HiddenShift(), kind=Recorder, meta_delay_steps=delay, meta_every=2, max_steps=4)
+    trainer.train()
+    expected = []
+    for step in range(4):
+        expected += ["meta"] * (step >= first and (step - first) % 2 == 0) + ["base", "step", step]
+    assert trainer.events == expected
+
+
+def test_the_schedule_of_the_meta_learning_rate_is_that_of_the_meta_steps_after_the_delay(tmp_path):
+    trainer = meta_trainer(
+        tmp_path, HiddenShift(), meta_delay_steps=2, max_steps=6, meta_lr_scheduler_type="linear", logging_steps=1
+    )
+    trainer.train()
+    rates = [row["meta/learning_rate"] for row in trainer.state.log_history if "meta/learning_rate" in row]
+    assert rates == pytest.approx([trainer.args.meta_learning_rate * share for share in (1, 0.75, 0.5, 0.25)])
+
+
+@pytest.mark.parametrize("delay", [4, 10])
+def test_a_delay_that_leaves_no_meta_step_is_refused(tmp_path, delay):
+    trainer = meta_trainer(tmp_path, HiddenShift(), meta_delay_steps=delay, max_steps=4)
+    with pytest.raises(
+        ValueError, match=f"`meta_delay_steps` should be less than the 4 optimizer steps .* got {delay}"
+    ):
+        trainer.train()
+
+
 @pytest.mark.parametrize("module", [weight_net, HiddenShift])
 def test_each_step_differentiates_its_own_parameters_only(tmp_path, module):
     trainer = meta_trainer(tmp_path, module(), kind=Recorder, keywords={"train_dataset": sentences(8, 1)}, max_steps=2)

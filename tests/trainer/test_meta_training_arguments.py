@@ -33,7 +33,15 @@ def test_what_should_be_positive_is_checked(tmp_path, name, value):
 
 
 @pytest.mark.parametrize(
-    "name", ["meta_learning_rate", "meta_weight_decay", "meta_warmup_steps", "meta_max_grad_norm", "meta_trust_region"]
+    "name",
+    [
+        "meta_learning_rate",
+        "meta_weight_decay",
+        "meta_warmup_steps",
+        "meta_max_grad_norm",
+        "meta_trust_region",
+        "meta_delay_steps",
+    ],
 )
 @pytest.mark.parametrize("value", [-0.5, INF, NAN])
 def test_what_should_not_be_negative_is_checked(tmp_path, name, value):
@@ -205,6 +213,7 @@ COMMAND_LINE = {
     "share_candidates": ("false", False),
     "perturb": ("classifier.* bert.pooler.*", ["classifier.*", "bert.pooler.*"]),
     "meta_every": ("3", 3),
+    "meta_delay_steps": ("0.25", 0.25),
     "meta_learning_rate": ("1e-4", 1e-4),
     "meta_optim": ("sgd", "sgd"),
     "meta_weight_decay": ("0.1", 0.1),
