@@ -14,13 +14,10 @@ from transformers import Trainer
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.hypergrad import TermSum
 from meta_trainer.modules import Batch, MetaModule
-from meta_trainer.modules.meta_module import BASE_MODEL, EXAMPLE_OF_LOSS, REFERENCE_LOSSES, REFERENCES
+from meta_trainer.modules.meta_module import BASE_MODEL, EXAMPLE_OF_LOSS, META_BATCH, REFERENCE_LOSSES, REFERENCES
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, PerSentenceLoss, check_agreement
 from meta_trainer.sharding import local_part
 from meta_trainer.window import Window
-
-META_BATCH = "meta_batch"
-"""Key under which a data collator may put the meta batch of each train batch."""
 
 
 class ObjectiveTrainer(Trainer):

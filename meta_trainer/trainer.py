@@ -33,7 +33,7 @@ from meta_trainer.meta_optimizer import create_meta_optimizer, create_meta_sched
 from meta_trainer.meta_update import SkippedSteps, update_meta_module
 from meta_trainer.module_modes import in_mode
 from meta_trainer.modules import Batch, MetaModule, MetaModuleList
-from meta_trainer.objective import META_BATCH
+from meta_trainer.modules.meta_module import META_BATCH
 from meta_trainer.overlap import overlap
 from meta_trainer.resuming import ResumableTrainer
 from meta_trainer.schedule_free import UseAverages, set_training_mode

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 Batch = dict[str, Any]
 """A collated batch: column name to tensor."""
 
+META_BATCH = "meta_batch"
+"""Batch key under which a data collator may put the meta batch of each train batch."""
+
 REFERENCE_LOSSES = "reference_losses"
 """Batch key under which the loss door finds per-example losses that are the same for all candidates."""
 

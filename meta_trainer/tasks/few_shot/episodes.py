@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from meta_trainer.modules.meta_module import META_BATCH
 from meta_trainer.tasks.few_shot.arguments import FewShotArguments
 from meta_trainer.tasks.few_shot.images import Domain
 
@@ -71,7 +72,7 @@ class EpisodeCollator:
         if self.carry_meta:
             meta = [self.draw(domain, META, e.number)[0] for domain, e in zip(unseen, episodes, strict=True)]
             # As the held-out domain is going to be: features of unseen images, normalized by what others left.
-            batch["meta_batch"] = _stacked(meta, self.labels) | {"use_running_statistics": True}
+            batch[META_BATCH] = _stacked(meta, self.labels) | {"use_running_statistics": True}
         return batch
 
     def domains_of(self, number: int) -> tuple[Domain, Domain]:

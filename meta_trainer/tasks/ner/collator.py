@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification
 
+from meta_trainer.modules.meta_module import META_BATCH
+
 # Trainer gives evaluation rows to the same collator, so training rows are marked. Of all names that are no
 # argument of a model's forward(), Trainer keeps this one when it removes unused columns.
 SOURCE_MARK = "label"
@@ -75,7 +77,7 @@ class SourceTargetCollator:
         if self.mark_source:
             batch["is_source"] = torch.arange(len(batch["input_ids"])) < len(source)  # [B]
         if self.meta_batch_size and self.carry_meta:
-            batch["meta_batch"] = dict(self.pad(drawn[self.target_batch_size :]))
+            batch[META_BATCH] = dict(self.pad(drawn[self.target_batch_size :]))
         return batch
 
     def draw(self, source: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
