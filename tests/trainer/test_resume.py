@@ -108,6 +108,17 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path, accumulation, m
         assert [name for name in straight if not same({0: found[name]}, {0: straight[name]})] == []
 
 
+@pytest.mark.parametrize("stopped_at", [1, 3, 5])
+def test_a_run_goes_on_before_and_after_its_first_meta_step(tmp_path, stopped_at):
+    settings = {"meta_delay_steps": 0.4, "meta_trust_region": 0.01}  # the first before the fifth of eight steps
+    straight = everything(run(tmp_path, **settings))
+    assert straight["meta steps"] == 4
+    disturb()
+    checkpoint = tmp_path / f"checkpoint-{stopped_at}"
+    resumed = run(tmp_path / "resumed", weight_net(7), tiny_bert(seed=7), resume=checkpoint, **settings)
+    assert same(everything(resumed), straight)
+
+
 def test_a_run_goes_on_from_its_last_checkpoint_when_asked_to(tmp_path):
     straight = everything(run(tmp_path / "straight"))
     run(tmp_path / "stopped", max_steps=8)
