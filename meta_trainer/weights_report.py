@@ -158,7 +158,7 @@ def _draw_curves(axes: Axes, curves: Sequence[tuple[float, dict[float, float]]],
     axes.axhline(1, color="0.6", linewidth=1, linestyle=":")
     axes.set(title="Learned weight of an example, early to late", xlabel="loss of the example", ylabel=WEIGHT_LABEL)
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _draw_histogram(axes: Axes, weights: np.ndarray, is_corrupted: np.ndarray | None) -> None:
