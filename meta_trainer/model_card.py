@@ -41,6 +41,7 @@ _IF_SET = (
     "inner_step",
     "meta_guard",
     "meta_trust_region",
+    "meta_delay_steps",
 )
 _UNSET = (False, 0.0, "none", "sgd")
 
