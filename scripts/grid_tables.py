@@ -67,6 +67,8 @@ def markdown_tables(
 ) -> str:
     """A table for each group of targets, what the methods gained over the baselines, and every row's command.
 
+    What has not been run yet, be it a group, a target or a method, is left out.
+
     Args:
         runs: Those that have ended.
         methods: In the order of the rows.
@@ -77,10 +79,14 @@ def markdown_tables(
     parts = []
     for heading, names in groups.items():
         own = [run for run in runs if run.target in names]
+        if not own:
+            continue
+        rows = [method for method in methods if any(run.method == method for run in own)]
+        columns = [target for target in names if any(run.target == target for run in own)]
         if heading:
             parts.append(f"**{heading}**\n")
-        parts.append(_table(own, methods, names, presentation))
-        parts.append("\n".join(_differences(own, methods, presentation)) + "\n")
+        parts.append(_table(own, rows, columns, presentation))
+        parts.append("\n".join(_differences(own, rows, presentation)) + "\n")
     return "\n".join([*parts, _commands(runs, methods)])
 
 
@@ -166,9 +172,9 @@ def overview(entries: Sequence[tuple[Presentation, Sequence[str], Sequence[Run]]
         paper = presentation.paper
         if not paper:
             continue
-        everything = list(dict.fromkeys(run.target for run in runs))
+        have_run = list(dict.fromkeys(run.target for run in runs))
         group = paper.get("group")
-        targets = presentation.groups.get(group, [group]) if group else everything
+        targets = [t for t in presentation.groups.get(group, [group]) if t in have_run] if group else have_run
         results = []
         for method in methods:
             values = [_scores([r for r in runs if r.method == method], target, presentation) for target in targets]

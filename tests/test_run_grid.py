@@ -118,6 +118,18 @@ def test_each_group_of_targets_has_a_table_of_its_own(grid_tables, grid, runs):
     assert "| joint | 60.0 ± 14.1 | 10 | 5 |" in high
 
 
+def test_what_has_not_been_run_is_left_out(grid_tables, grid, runs):
+    groups = {"both": ["qu", "mi", "gn"], "one": ["qu"], "none": ["mi"]}
+    both, one = tables(grid_tables, grid, runs, groups=groups).split("<details>")[0].split("**one**")
+    assert "| method | qu | gn | mean | ms per step | peak MiB |" in both
+    assert "| joint | 60.0 ± 14.1 | 10 | 5 |" in one
+    assert "exact" not in one
+    assert "none" not in one
+    paper = {"row": "Table 3", "module": "InputRotation", "numbers": "", "group": "both"}
+    of_three = grid_tables.Presentation(metric="f1", groups=groups, paper=paper)
+    assert "| joint 45.0 |" in grid_tables.overview([(of_three, ["joint", "exact"], runs)])
+
+
 def test_the_command_of_a_row_runs_its_first_cell(grid_tables, grid, runs):
     commands = tables(grid_tables, grid, runs)
     assert (
