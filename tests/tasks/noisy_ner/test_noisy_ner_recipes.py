@@ -4,7 +4,6 @@ import json
 
 import pyarrow.parquet
 import pytest
-import yaml
 
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
@@ -12,11 +11,6 @@ from meta_trainer.tasks.ner.corpus import SIZES
 
 FOLDER = recipes_folder() / "noisy_ner"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
-NAMES = (
-    "plain",
-    "plain_with_meta_set",
-    *(f"meta_weight_net_{name}" for name in ("best", "evograd", "sentences", "t1t2")),
-)
 # What takes a recipe off the Hub and makes it small.
 OFFLINE = ["--model_name_or_path", "none", "--data", "generated", "--subset", "none", "--num_meta_examples", "10"]
 SMALL = ["--max_train_examples", "24", "--hidden_size", "16", "--num_hidden_layers", "1", "--intermediate_size", "16"]
@@ -40,29 +34,6 @@ def test_every_recipe_runs(file, tmp_path, monkeypatch):
         assert list(rows[0]) == [*word, "loss", "weight"]
         weights = {(row["row"], row["weight"]) for row in rows}
         assert (len(weights) == len({row["row"] for row in rows})) == (file.stem == "meta_weight_net_sentences")
-
-
-def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
-    contents = {file.stem: yaml.safe_load(file.read_text()) for file in RECIPES}
-    assert set(contents) == set(NAMES)
-    plain = contents.pop("plain")
-    for other in contents.values():
-        assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
-    both = contents.pop("plain_with_meta_set")
-    assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
-    own = {
-        "description",
-        "method",
-        "hypergradient",
-        "num_candidates",
-        "sigma",
-        "temperature",
-        "noise",
-        "meta_guard",
-        "weight_net_level",
-    }
-    first, *others = ({k: v for k, v in recipe.items() if k not in own} for recipe in contents.values())
-    assert all(other == first for other in others)
 
 
 def test_a_transform_of_source_sentences_is_refused():

@@ -165,29 +165,6 @@ def test_training_on_the_meta_set_is_refused_where_a_meta_module_learns_from_it(
         read_recipe(recipe(tmp_path, train_on_meta=True), [])
 
 
-def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
-    contents = {file.stem: yaml.safe_load(file.read_text()) for file in FOLDER.glob("*.yaml")}
-    plain = contents.pop("plain")
-    nets = {f"meta_weight_net_{name}" for name in ("evograd", "t1t2", "best")}
-    assert set(contents) == {"plain_with_meta_set", *nets}
-    for other in contents.values():
-        assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
-    both = contents.pop("plain_with_meta_set")
-    assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
-    estimator = {
-        "description",
-        "method",
-        "hypergradient",
-        "num_candidates",
-        "sigma",
-        "temperature",
-        "noise",
-        "meta_guard",
-    }
-    first, *others = ({k: v for k, v in recipe.items() if k not in estimator} for recipe in contents.values())
-    assert all(other == first for other in others)
-
-
 # What takes a recipe off the Hub and makes it small.
 OFFLINE = [
     "--model_name_or_path",

@@ -1,0 +1,29 @@
+"""Recipes of Meta-Weight-Net on texts and on named entities: what a folder's recipes have in common."""
+
+import pytest
+import yaml
+
+from meta_trainer.recipe import recipes_folder
+
+NETS = {"meta_weight_net_evograd", "meta_weight_net_t1t2", "meta_weight_net_best"}
+OWN = {"description", "method", "hypergradient", "num_candidates", "sigma", "temperature", "noise", "meta_guard"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "nets", "own"),
+    [
+        ("text_classification", NETS, OWN),
+        ("noisy_ner", NETS | {"meta_weight_net_sentences"}, OWN | {"weight_net_level"}),
+    ],
+)
+def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on(folder, nets, own):
+    files = (recipes_folder() / folder).glob("*.yaml")
+    contents = {file.stem: yaml.safe_load(file.read_text()) for file in files}
+    assert set(contents) == {"plain", "plain_with_meta_set", *nets}
+    plain = contents.pop("plain")
+    for other in contents.values():
+        assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
+    both = contents.pop("plain_with_meta_set")
+    assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
+    first, *others = ({k: v for k, v in recipe.items() if k not in own} for recipe in contents.values())
+    assert all(other == first for other in others)
