@@ -30,8 +30,7 @@ def create_meta_optimizer(args: MetaTrainingArguments, parameters: Sequence[nn.P
 
 def first_meta_step(args: MetaTrainingArguments, num_training_steps: int) -> int:
     """The optimizer step, counted from 0, before which the first meta step is taken."""
-    delay = args.meta_delay_steps
-    return math.ceil(delay * num_training_steps) if delay < 1 else int(delay)
+    return _num_steps(args.meta_delay_steps, num_training_steps)
 
 
 def create_meta_scheduler(
@@ -49,13 +48,17 @@ def create_meta_scheduler(
             f"{args.meta_delay_steps!r}: no meta step would be taken."
         )
     num_meta_steps = math.ceil((num_training_steps - delay) / args.meta_every)
-    warmup = args.meta_warmup_steps
     return get_scheduler(
         args.meta_lr_scheduler_type,
         optimizer=optimizer,
-        num_warmup_steps=math.ceil(warmup * num_meta_steps) if warmup < 1 else int(warmup),
+        num_warmup_steps=_num_steps(args.meta_warmup_steps, num_meta_steps),
         num_training_steps=num_meta_steps,
     )
+
+
+def _num_steps(setting: float, total: int) -> int:
+    """Steps that a setting stands for, which is a share of `total` below 1 and a number of them otherwise."""
+    return math.ceil(setting * total) if setting < 1 else int(setting)
 
 
 def apply_hypergradient(
