@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,15 @@ def _relative(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _curves(history: Sequence[dict[str, float]]) -> list[tuple[float, dict[float, float]]]:
-    """Step, and weight by loss, of a few moments, the first and the last among them."""
+    """Step, and weight by loss, of a few moments, the first and the last among them; of curves alike, the last one."""
     prefix = SUMMARY + WEIGHT_AT_LOSS
     logged = [
         (row["step"], {float(key.removeprefix(prefix)): value for key, value in row.items() if key.startswith(prefix)})
         for row in history
     ]
     curves = [(step, curve) for step, curve in logged if curve]
+    # Before the first meta step they are all the same.
+    curves = [now for now, later in zip_longest(curves, curves[1:]) if later is None or later[1] != now[1]]
     chosen = np.linspace(0, len(curves) - 1, min(len(curves), MOST_CURVES)).round().astype(int)
     return [curves[i] for i in chosen]
 

@@ -108,10 +108,18 @@ def test_the_curves_go_from_the_first_to_the_last_log_relative_to_the_mean_of_th
 
 
 def test_of_many_logs_a_few_curves_are_drawn_the_first_and_the_last_among_them(tmp_path, figures):
-    history = [{"step": step, "meta_module/weight_at_loss_0": 1.0} for step in range(100)]
+    history = [{"step": step, "meta_module/weight_at_loss_0": 1.0 + step} for step in range(100)]
     draw_weights(np.ones(3), np.ones(3), None, history, tmp_path / "weights.png")
     labels = [line.get_label() for line in figures[0].axes[0].lines]
     assert (labels[0], labels[-2], len(labels)) == ("step 0", "step 99", weights_report.MOST_CURVES + 1)
+
+
+def test_of_curves_alike_the_last_is_drawn_so_that_a_late_first_meta_step_hides_nothing(tmp_path, figures):
+    learned = [1.0, 1.0, 1.0, 0.5, 0.2]
+    history = [{"step": step, "meta_module/weight_at_loss_0": weight} for step, weight in enumerate(learned)]
+    draw_weights(np.zeros(2), np.ones(2), None, history, tmp_path / "weights.png")
+    labels = [line.get_label() for line in figures[0].axes[0].lines]
+    assert labels[:-1] == ["step 2", "step 3", "step 4"]
 
 
 def test_a_module_that_is_no_function_of_the_loss_has_a_histogram_only(tmp_path, figures):
