@@ -182,12 +182,18 @@ def _colour(i: int) -> str:
     return COLOURS[i % len(COLOURS)]
 
 
+def _line_label(result: MethodResult, name: str, results: Sequence[MethodResult]) -> str:
+    """What a line shows, and of which method where there are several."""
+    return name if len(results) == 1 else f"{result.name}, {name}"
+
+
 def _draw_losses(axes: Axes, results: Sequence[MethodResult]) -> None:
     for i, result in enumerate(results):
         for key, name, style in (("loss", "training", "-"), ("meta/loss", "meta", "--")):
             steps, values = _curve(result, key)
             if steps:
-                axes.plot(steps, values, style, color=_colour(i), label=f"{result.name}, {name}", **_marker(steps))
+                label = _line_label(result, name, results)
+                axes.plot(steps, values, style, color=_colour(i), label=label, **_marker(steps))
     axes.set(title="Loss", xlabel="optimizer step", ylabel="loss")
     axes.legend(frameon=False, fontsize="small")
 
@@ -215,7 +221,7 @@ def _draw_summaries(axes: Axes, results: Sequence[MethodResult]) -> None:
     for i, (result, key) in enumerate(curves):
         steps, values = _curve(result, key)
         name = _label(key.removeprefix(SUMMARY))
-        axes.plot(steps, values, color=_colour(i), label=f"{result.name}, {name}", **_marker(steps))
+        axes.plot(steps, values, color=_colour(i), label=_line_label(result, name, results), **_marker(steps))
     axes.set(title="Learned meta-parameters", xlabel="optimizer step", ylabel="value")
     axes.legend(frameon=False, fontsize="small")
 

@@ -165,3 +165,11 @@ def test_the_picture_shows_the_meta_parameters_that_were_logged(tmp_path, figure
     (line,) = axes.lines
     assert line.get_label() == "EvoGrad, Angle degrees"
     assert line.get_ydata().tolist() == [10.0, 20.0]
+
+
+def test_lines_of_one_method_alone_do_not_repeat_its_name(tmp_path, figures):
+    history = [*META_HISTORY, {"step": 20, "meta_module/angle_degrees": 10.0}]
+    draw_results([result("EvoGrad", history=history)], "f1", tmp_path / "results.png")
+    losses, _, learned, _ = figures[0].axes
+    assert [line.get_label() for line in losses.lines] == ["training", "meta"]
+    assert [line.get_label() for line in learned.lines] == ["Angle degrees"]
