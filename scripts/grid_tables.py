@@ -51,7 +51,7 @@ class Presentation:
         columns: More columns, by their heading: a metric, or a value that the meta module logs.
         percent: Whether the metric is a fraction that is shown in percent.
         paper: For the overview: `row` (what the paper calls it), `module`, `group` (a heading of `groups` or a target;
-            all targets by default) and `numbers` (the paper's).
+            all targets by default), `numbers` (the paper's) and `remark` (where it falls short; none by default).
     """
 
     metric: str = "accuracy"
@@ -162,12 +162,12 @@ def _text(value: Any) -> str:
 
 
 def overview(entries: Sequence[tuple[Presentation, Sequence[str], Sequence[Run]]]) -> str:
-    """What the paper calls it, the meta module, the recipes, our result and the paper's; a row for each entry.
+    """Name in the paper, meta module, recipes, our result, a remark and the paper's result; a row for each entry.
 
     Args:
         entries: Presentation, methods in order, and runs of a grid.
     """
-    lines = ["| paper | meta module | recipes | result here | paper's result |", "|---|---|---|---|---|"]
+    lines = ["| paper | meta module | recipes | result here | remark | paper's result |", "|---|---|---|---|---|---|"]
     for presentation, methods, runs in entries:
         paper = presentation.paper
         if not paper:
@@ -181,8 +181,8 @@ def overview(entries: Sequence[tuple[Presentation, Sequence[str], Sequence[Run]]
             if values and all(values):
                 results.append(f"{method} {statistics.mean(map(statistics.mean, values)):.1f}")
         folder = runs[0].recipe.split("/")[0]
-        row = [paper["row"], f"`{paper['module']}`", f"[`{folder}`]({folder})", "; ".join(results), paper["numbers"]]
-        lines.append(f"| {' | '.join(row)} |")
+        ours = [paper["row"], f"`{paper['module']}`", f"[`{folder}`]({folder})", "; ".join(results)]
+        lines.append(f"| {' | '.join([*ours, paper.get('remark', ''), paper['numbers']])} |")
     return "\n".join(lines)
 
 

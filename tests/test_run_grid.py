@@ -149,7 +149,10 @@ def test_the_overview_has_a_row_for_every_grid_that_stands_for_a_row_of_a_paper(
     shown = grid_tables.Presentation(metric="f1", paper=paper)
     of_its_own = grid_tables.Presentation(metric="f1")
     *_, row = grid_tables.overview([(shown, ["joint", "exact"], runs), (of_its_own, ["joint"], runs)]).split("\n")
-    assert row == "| Table 3 | `InputRotation` | [`ner`](ner) | joint 45.0 | 98.11 ± 0.32 |"
+    assert row == "| Table 3 | `InputRotation` | [`ner`](ner) | joint 45.0 |  | 98.11 ± 0.32 |"
+    short = grid_tables.Presentation(metric="f1", paper={**paper, "remark": "falls short"})
+    *_, row = grid_tables.overview([(short, ["joint"], runs)]).split("\n")
+    assert row.endswith("| joint 45.0 | falls short | 98.11 ± 0.32 |")
     for groups, group in (({}, "gn"), ({"one of two": ["gn"]}, "one of two")):
         of_one = grid_tables.Presentation(metric="f1", groups=groups, paper={**paper, "group": group})
         *_, row = grid_tables.overview([(of_one, ["joint", "exact"], runs)]).split("\n")
