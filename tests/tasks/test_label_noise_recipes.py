@@ -1,4 +1,4 @@
-"""Recipes of Meta-Weight-Net on texts and on named entities: what a folder's recipes have in common."""
+"""Recipes of Meta-Weight-Net on texts, images and named entities: what a folder's recipes have in common."""
 
 import pytest
 import yaml
@@ -13,6 +13,7 @@ OWN = {"description", "method", "hypergradient", "num_candidates", "sigma", "tem
     ("folder", "nets", "own"),
     [
         ("text_classification", NETS, OWN),
+        ("image_classification", NETS, OWN),
         ("noisy_ner", NETS | {"meta_weight_net_sentences"}, OWN | {"weight_net_level"}),
     ],
 )
