@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from meta_trainer.arguments import MetaTrainingArguments
+from meta_trainer.meta_optimizer import first_meta_step
+
 WARM_UP_STEPS = 2
-MEMORY_STEP = WARM_UP_STEPS + 1  # Adam makes its state in the first step, so it exists by now
 
 
 class LiveBytes(TorchDispatchMode):
@@ -68,10 +70,10 @@ class StepMeter(TrainerCallback):
     """Measure the wall time and the peak memory of an optimizer step.
 
     A step holds all its micro-batches and the meta step; logging, evaluation and saving happen between
-    steps. The first two steps warm up. Memory is taken in the third one, which is left out of the timing
-    because counting slows it down; the time is the median over all later ones. Where only some steps
-    hold a meta step (``meta_every > 1``), the median describes the more frequent kind. Every ``train()``
-    measures anew.
+    steps. The first two steps warm up. Memory is taken in the third one, or in the third that holds a meta
+    step where these begin later or are rarer (``meta_delay_steps``, ``meta_every``). It is left out of the
+    timing because counting slows it down; the time is the median over all others. Where only some steps
+    hold a meta step, the median describes the more frequent kind. Every ``train()`` measures anew.
 
     On CUDA, memory is ``torch.cuda.max_memory_allocated`` during the step, parameters and optimizer
     state included. Elsewhere it is the peak of :class:`LiveBytes`: what the step needs *above* all that
@@ -92,7 +94,7 @@ class StepMeter(TrainerCallback):
 
     def _reset(self) -> None:
         self._open_mode.close()
-        self._steps = 0
+        self._steps, self._memory_step = 0, WARM_UP_STEPS + 1
         self._milliseconds: list[float] = []
         self._peak_bytes: int | None = None
         self._live_bytes: LiveBytes | None = None
@@ -104,29 +106,34 @@ class StepMeter(TrainerCallback):
 
     @property
     def peak_memory_mib(self) -> float:
-        """Peak memory of a step in MiB; nan when fewer than three steps were taken."""
+        """Peak memory of a step in MiB; nan when the step whose memory is taken was not reached."""
         return math.nan if self._peak_bytes is None else self._peak_bytes / 2**20
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier training."""
+        """Forget an earlier training, and choose the step whose memory is taken."""
         self._reset()
+        # Adam makes its state in the first step that it takes, of the model or of the meta module.
+        self._memory_step = WARM_UP_STEPS + 1
+        if isinstance(args, MetaTrainingArguments):
+            to_first = max(0, first_meta_step(args, state.max_steps) - state.global_step)
+            self._memory_step = to_first + WARM_UP_STEPS * args.meta_every + 1
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and in the third step the count of bytes."""
+        """Start the clock, and in the step whose memory is taken the count of bytes."""
         self._steps += 1
         _synchronize(args.device)
-        if self._steps == MEMORY_STEP:
+        if self._steps == self._memory_step:
             self._begin_memory(args.device)
         self._started = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop what ``on_step_begin`` started."""
         _synchronize(args.device)
-        if self._steps == MEMORY_STEP:
+        if self._steps == self._memory_step:
             self._end_memory(args.device)
         elif self._steps > WARM_UP_STEPS:
             self._milliseconds.append(1000 * (time.perf_counter() - self._started))

@@ -14,7 +14,14 @@ from transformers import Trainer
 from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.hypergrad import TermSum
 from meta_trainer.modules import Batch, MetaModule
-from meta_trainer.modules.meta_module import BASE_MODEL, EXAMPLE_OF_LOSS, META_BATCH, REFERENCE_LOSSES, REFERENCES
+from meta_trainer.modules.meta_module import (
+    BASE_MODEL,
+    EXAMPLE_OF_LOSS,
+    LABEL_OF_LOSS,
+    META_BATCH,
+    REFERENCE_LOSSES,
+    REFERENCES,
+)
 from meta_trainer.per_example_loss import IGNORED, PerExampleLoss, PerSentenceLoss, check_agreement
 from meta_trainer.sharding import local_part
 from meta_trainer.window import Window
@@ -99,6 +106,8 @@ class ObjectiveTrainer(Trainer):
             more[REFERENCE_LOSSES] = reference.setdefault(REFERENCE_LOSSES, losses.detach())
         if isinstance(self.per_example_loss, PerExampleLoss | PerSentenceLoss):
             more[EXAMPLE_OF_LOSS] = self.per_example_loss.examples(batch["labels"])
+        if isinstance(self.per_example_loss, PerExampleLoss) and not batch["labels"].is_floating_point():
+            more[LABEL_OF_LOSS] = self.per_example_loss.classes(batch["labels"])
         if self.meta_module.reads_base_model:
             more[BASE_MODEL] = self.accelerator.unwrap_model(model)
         return {**batch, **more}

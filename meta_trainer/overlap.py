@@ -7,6 +7,7 @@ from torch import Tensor
 
 from meta_trainer.hypergrad.flat_blocks import INTEGERS
 from meta_trainer.modules import Batch
+from meta_trainer.modules.meta_module import IS_TRUSTED
 
 _GOLDEN_RATIO = 0x9E3779B97F4A7C15 - 2**64
 """A number of well-mixed bits: multiples of it look random."""
@@ -16,7 +17,9 @@ _BLOCK = 2**18
 
 
 def overlap(train_batch: Batch, meta_batch: Batch, input_name: str) -> Tensor | None:
-    """Share of the examples in `meta_batch` whose input is in `train_batch`, too.
+    """Share of the examples in `meta_batch` whose input is in `train_batch`, too, and not on purpose.
+
+    Examples that the train batch marks as trusted are there on purpose.
 
     Args:
         train_batch: Columns of tensors ``[N, ...]``.
@@ -30,7 +33,10 @@ def overlap(train_batch: Batch, meta_batch: Batch, input_name: str) -> Tensor | 
     train, meta = (_fingerprints(batch, input_name) for batch in (train_batch, meta_batch))
     if train is None or meta is None:
         return None
-    return (meta[:, None] == train).any(dim=1).float().mean()
+    same = meta[:, None] == train  # [M, N]
+    if IS_TRUSTED in train_batch:
+        same &= ~train_batch[IS_TRUSTED].bool()
+    return same.any(dim=1).float().mean()
 
 
 def _fingerprints(batch: Batch, input_name: str) -> Tensor | None:

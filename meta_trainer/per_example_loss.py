@@ -73,6 +73,12 @@ class PerExampleLoss:
             labels = labels[:, 1:]
         return (labels != IGNORED).nonzero()[:, 0]
 
+    def classes(self, labels: Tensor) -> Tensor:
+        """Class that each loss was computed for, ``[N]``, for integer `labels` as given to the model."""
+        if self.shifts_labels:
+            labels = labels[:, 1:]
+        return labels[labels != IGNORED]
+
 
 class PerSentenceLoss:
     """One loss a sentence, the mean over its labelled tokens, for meta modules that are to weigh whole sentences.

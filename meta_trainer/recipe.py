@@ -47,6 +47,8 @@ TASKS_OF_META_MODULES = {
     "learned_weight_decay": ("ner", "noisy_ner", "text_classification", "image_classification", "language_modeling"),
 }
 META_MODULES = tuple(TASKS_OF_META_MODULES)
+TELLS_TRUSTED = "meta_weight_net"
+"""The meta module that tells examples of the meta set from others, so that the model can train on these as well."""
 
 
 @dataclass
@@ -97,6 +99,12 @@ class MetaModuleArguments:
     weight_net_loss_input: Literal["shared", "unperturbed", "candidate"] = field(
         default="shared",
         metadata={"help": "meta_weight_net: losses that it reads while candidates are evaluated."},
+    )
+    weight_net_reads_label: bool = field(
+        default=False,
+        metadata={
+            "help": "meta_weight_net: weigh an example by its label as well as its loss; labels may be wrong by rule."
+        },
     )
     weight_net_level: Literal["token", "sentence"] = field(
         default="token",
@@ -260,12 +268,32 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
             f"meta_module='domain_weights' weighs the sources of a mixture, of which task={run.task!r} has one "
             "here. Name the column that tells them by `domain_column`, or, for language models, several `sources`."
         )
-    trains_on_meta = isinstance(task, LabelledDataArguments | LanguageModelingArguments) and task.train_on_meta
-    if trains_on_meta and module.meta_module and not run.compare_with_baseline:
+    if module.weight_net_reads_label and module.meta_module:
+        _check_reads_label(run, module)
+    if module.meta_module and not run.compare_with_baseline and _trains_on_meta_in_vain(task, module):
         raise ValueError(
-            "`train_on_meta` is for a baseline: a meta module learns from rows that the model does not train on. "
-            "Leave out `meta_module`, or set `compare_with_baseline`."
+            "`train_on_meta` is for a baseline, or for meta_module='meta_weight_net' alone: another meta module learns "
+            "from rows that the model does not train on. Leave out `meta_module`, or set `compare_with_baseline`."
         )
+
+
+def _check_reads_label(run: RunArguments, module: MetaModuleArguments) -> None:
+    if run.task == "language_modeling" or "meta_weight_net" not in module.meta_module:
+        raise ValueError(
+            "`weight_net_reads_label` is for meta_module='meta_weight_net' and labels that are classes, got "
+            f"meta_module={module.meta_module} and task={run.task!r}."
+        )
+    if module.weight_net_level == "sentence" and run.task in ("ner", "noisy_ner"):
+        raise ValueError(
+            "`weight_net_reads_label` needs a label for each loss, but with weight_net_level='sentence' a loss belongs "
+            "to all labels of a sentence. Leave out one of them."
+        )
+
+
+def _trains_on_meta_in_vain(task: TaskArguments, module: MetaModuleArguments) -> bool:
+    if isinstance(task, LanguageModelingArguments):
+        return task.train_on_meta
+    return isinstance(task, LabelledDataArguments) and task.train_on_meta and module.meta_module != [TELLS_TRUSTED]
 
 
 def _has_domains(task: TaskArguments) -> bool:

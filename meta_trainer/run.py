@@ -29,7 +29,7 @@ from meta_trainer.modules import (
 )
 from meta_trainer.modules.feature_wise_transform import find_channels
 from meta_trainer.per_example_loss import PerSentenceLoss
-from meta_trainer.recipe import MetaModuleArguments, Recipe
+from meta_trainer.recipe import TELLS_TRUSTED, MetaModuleArguments, Recipe
 from meta_trainer.report import MethodResult, draw_results, results_table, write_results
 from meta_trainer.tasks import Task
 from meta_trainer.tasks.few_shot import FewShotArguments, build_few_shot_task
@@ -89,6 +89,7 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
         ValueError: If data, model and settings do not fit together.
     """
     seed, with_meta = recipe.training.seed, bool(meta_module_names)
+    tells_trusted = meta_module_names == [TELLS_TRUSTED]
     if isinstance(recipe.task, NerArguments):
         return build_ner_task(
             recipe.task,
@@ -99,7 +100,9 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
             mark_source="representation_transform" in meta_module_names,
         )
     if isinstance(recipe.task, ImageClassificationArguments):
-        return build_image_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
+        return build_image_classification_task(
+            recipe.task, recipe.model, seed=seed, with_meta=with_meta, tells_trusted=tells_trusted
+        )
     if isinstance(recipe.task, FewShotArguments):
         return build_few_shot_task(
             recipe.task,
@@ -111,8 +114,12 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
     if isinstance(recipe.task, LanguageModelingArguments):
         return build_language_modeling_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
     if isinstance(recipe.task, NoisyNerArguments):
-        return build_noisy_ner_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
-    return build_text_classification_task(recipe.task, recipe.model, seed=seed, with_meta=with_meta)
+        return build_noisy_ner_task(
+            recipe.task, recipe.model, seed=seed, with_meta=with_meta, tells_trusted=tells_trusted
+        )
+    return build_text_classification_task(
+        recipe.task, recipe.model, seed=seed, with_meta=with_meta, tells_trusted=tells_trusted
+    )
 
 
 def build_meta_modules(
@@ -127,7 +134,11 @@ def build_meta_modules(
         "learned_weight_decay": lambda: LearnedWeightDecay(
             arguments.weight_decay_groups, arguments.initial_weight_decay
         ),
-        "meta_weight_net": lambda: MetaWeightNet(arguments.weight_net_hidden_size, arguments.weight_net_loss_input),
+        "meta_weight_net": lambda: MetaWeightNet(
+            arguments.weight_net_hidden_size,
+            arguments.weight_net_loss_input,
+            model.config.num_labels if arguments.weight_net_reads_label else None,
+        ),
         "input_rotation": InputRotation,
         "feature_wise_transform": lambda: FeatureWiseTransform(find_channels(model, arguments.feature_wise_layers)),
     }
@@ -240,7 +251,10 @@ def _report_training_rows(trainer: MetaTrainer, task: Task) -> dict[str, float]:
         if trainer.is_world_process_zero():
             pyarrow.parquet.write_table(labels.with_format("arrow")[:], folder / TRAINING_LABELS)
         return {}
-    found = weigh_examples(trainer, task.train_dataset)
+    doubtful = task.train_dataset
+    if task.num_trusted:
+        doubtful = doubtful.select(range(len(doubtful) - task.num_trusted))
+    found = weigh_examples(trainer, doubtful)
     if not trainer.is_world_process_zero():
         return {}
     config: Any = trainer.model.config

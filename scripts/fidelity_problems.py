@@ -80,9 +80,9 @@ class FactoredWeights(MetaWeightNet):
         super().__init__()
         self.log_factors = nn.Parameter(torch.zeros(batch_size))
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, classes: Tensor | None = None) -> Tensor:
         """Weights ``[N]`` of the losses ``[N]``."""
-        return super().forward(losses) * self.log_factors.exp()
+        return super().forward(losses, classes) * self.log_factors.exp()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.meter import LiveBytes, StepMeter
 
 MIB = 2**20
@@ -131,6 +132,29 @@ def test_step_meter_is_nan_when_too_few_steps_were_taken(tmp_path):
     trainer_with(meter, Allocator(), tmp_path, max_steps=3).train()
     assert math.isnan(meter.step_ms)
     assert meter.peak_memory_mib >= 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "max_steps", "step"),
+    [
+        ({}, 20, 3),
+        ({"meta_delay_steps": 4}, 20, 7),
+        ({"meta_delay_steps": 0.5}, 20, 13),
+        ({"meta_every": 4}, 20, 9),
+        ({"meta_delay_steps": 0.5, "meta_every": 2}, 20, 15),
+    ],
+)
+def test_step_meter_takes_the_memory_of_the_third_step_that_holds_a_meta_step(tmp_path, settings, max_steps, step):
+    args = MetaTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+    meter = StepMeter()
+    meter.on_train_begin(args, TrainerState(max_steps=max_steps), TrainerControl())
+    for number in range(1, step + 1):
+        meter.on_step_begin(args, TrainerState(), TrainerControl())
+        assert (_get_current_dispatch_mode() is not None) == (number == step)
+        meter.on_step_end(args, TrainerState(), TrainerControl())
+    resumed = TrainerState(max_steps=max_steps, global_step=step - 2)
+    meter.on_train_begin(args, resumed, TrainerControl())
+    assert meter._memory_step <= 3 + 2 * (args.meta_every - 1)
 
 
 def test_step_meter_measures_the_last_training(tmp_path):

@@ -42,6 +42,13 @@ def test_ten_thousand_random_rows_have_no_accidental_twins():
     assert share({"input_ids": rows[:half]}, {"input_ids": rows[half:]}) == 0
 
 
+def test_examples_that_are_trained_on_as_trusted_ones_are_there_on_purpose():
+    rows = tokens([[5, 6, 7], [0, 2], [9]], 3)
+    train = rows | {"is_trusted": torch.tensor([True, False, False])}
+    assert share(train, rows) == pytest.approx(2 / 3)
+    assert share(rows | {"is_trusted": torch.ones(3)}, rows) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_images_are_compared_bit_by_bit(dtype):
     images = torch.rand(4, 3, 5, 5).to(dtype)

@@ -210,3 +210,14 @@ def test_a_classifier_of_whole_texts_has_a_loss_for_each_already():
     outputs = model(input_ids=IDS)
     assert torch.equal(PerSentenceLoss(model)(outputs, labels), PerExampleLoss(model)(outputs, labels))
     assert PerSentenceLoss(model).examples(labels).tolist() == list(range(len(labels)))
+
+
+def test_each_loss_has_the_class_that_it_was_computed_for():
+    labels = torch.tensor([[2, -100, 0], [-100, 1, 1]])
+    losses = PerExampleLoss(nn.Identity())
+    assert losses.classes(labels).tolist() == [2, 0, 1, 1]
+    assert losses.examples(labels).tolist() == [0, 0, 1, 1]
+    assert losses.classes(torch.tensor([3, 1])).tolist() == [3, 1]
+    losses.shifts_labels = True
+    assert losses.classes(labels).tolist() == [0, 1, 1]
+    assert losses.examples(labels).tolist() == [0, 1, 1]

@@ -25,6 +25,15 @@ EXAMPLE_OF_LOSS = "example_of_loss"
 """Batch key under which the loss door finds, for each of its losses ``[N]``, the row that it belongs to: several losses
 of one example are those of its tokens. Missing with a `per_example_loss` of the user's own."""
 
+LABEL_OF_LOSS = "label_of_loss"
+"""Batch key under which the loss door finds, for each of its losses ``[N]``, the number of the class that it was
+computed for. Missing where labels are no classes, where a loss belongs to several labels, and with a `per_example_loss`
+of the user's own."""
+
+IS_TRUSTED = "is_trusted"
+"""Batch column, booleans ``[B]``: examples of the meta set, whose labels are right, that the model trains on as well.
+A batch without it holds none."""
+
 BASE_MODEL = "base_model"
 """Batch key under which the loss door of a module that `reads_base_model` finds the base model."""
 

@@ -70,7 +70,11 @@ class LabelledDataArguments:
     )
     train_on_meta: bool = field(
         default=False,
-        metadata={"help": "Train on the meta set as well, its labels as they are: a baseline without a meta module."},
+        metadata={
+            "help": "Train on the meta set as well, its labels as they are: plain training, or with "
+            "meta_module=meta_weight_net, where these rows count in full. With any other meta module, for the baseline "
+            "only."
+        },
     )
     label_noise_share: float = field(
         default=0.0, metadata={"help": "Share of what is trained on (rows, entities) that gets a wrong label."}
@@ -96,6 +100,15 @@ class LabelledDataArguments:
         """Raise ValueError unless there are rows of trusted labels for a meta module to learn from."""
         if not (self.meta_file or self.num_meta_examples):
             raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+
+    def trains_on_meta(self, with_meta: bool, tells_trusted: bool) -> bool:
+        """Whether a run trains on the meta set: see `train_on_meta`.
+
+        Args:
+            with_meta: Whether it learns a meta module.
+            tells_trusted: Whether that tells rows of the meta set from others.
+        """
+        return self.train_on_meta and (tells_trusted or not with_meta)
 
     @property
     def baseline(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 
+from meta_trainer.modules.meta_module import IS_TRUSTED
 from meta_trainer.tasks.class_labels import ClassLabelArguments
 from meta_trainer.tasks.label_columns import Labels
 from meta_trainer.tasks.label_noise import corrupt_labels
@@ -77,6 +78,11 @@ def label_record(rows: Dataset, classes: Sequence[str], arguments: LabelledDataA
     names = {column: [classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
     record = Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
     return record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"])
+
+
+def mark_trusted(rows: Dataset, num_trusted: int) -> Dataset:
+    """The rows with a column that says of the last `num_trusted` of them that they are of the meta set."""
+    return rows.add_column(IS_TRUSTED, [False] * (len(rows) - num_trusted) + [True] * num_trusted)
 
 
 def read_meta_file(arguments: LabelledDataArguments) -> tuple[Dataset, str] | None:

@@ -28,8 +28,9 @@ class Task:
         baseline: What the same run without a meta module is called in tables.
         domains: Names of the sources that the column ``domain`` of the training rows numbers; empty without one.
         preprocess_logits_for_metrics: Makes less of the logits of an evaluation batch before they are kept, or None.
-        training_labels: One row for each training row, or for each labelled token of them, in their order: ``row``
-            (number in the file, from 0), what a reader recognises it by, ``label`` and, where it is known,
+        num_trusted: Rows at the end of the training stream that are of the meta set, and marked as such.
+        training_labels: One row for each training row but those, or for each labelled token of them, in their order:
+            ``row`` (number in the file, from 0), what a reader recognises it by, ``label`` and, where it is known,
             ``trusted_label`` and ``is_corrupted``. Kept beside the model. None where a task knows nothing of that kind.
     """
 
@@ -46,4 +47,5 @@ class Task:
     baseline: str
     domains: tuple[str, ...] = ()
     preprocess_logits_for_metrics: Callable[[Any, Tensor], Tensor] | None = None
+    num_trusted: int = 0
     training_labels: Dataset | None = None

@@ -1,5 +1,7 @@
 """Meta-Weight-Net: its formula, and what each estimator sees of it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -118,6 +120,150 @@ def test_its_size_should_be_a_positive_whole_number(size):
 def test_an_unknown_loss_input_is_refused():
     with pytest.raises(ValueError, match="one of shared, unperturbed, candidate, got 'own'"):
         MetaWeightNet(loss_input="own")
+
+
+# ------------------------------------------------------------------------------ trusted examples
+
+
+def test_a_trusted_example_has_the_weight_one():
+    net, losses, trusted = MetaWeightNet(), torch.rand(4) * 3, torch.tensor([False, True, False, True])
+    weights = literal_weights(net, losses).detach()
+    expected = torch.where(trusted, torch.ones(4), weights)
+    batch = {"is_trusted": trusted}
+
+    assert net.batch_columns == ("is_trusted",)
+    assert_close(net.example_weights(losses, batch).detach(), expected)
+    assert_close(net.normalizer(losses, batch).detach(), expected.sum())
+    assert_close(net.reduce(losses, batch, None).detach(), expected @ losses / expected.sum())
+
+
+def test_all_tokens_of_a_trusted_sentence_have_the_weight_one():
+    net, losses = MetaWeightNet(), torch.rand(5) * 3
+    batch = {"is_trusted": torch.tensor([1, 0]), "example_of_loss": torch.tensor([0, 0, 1, 1, 1])}
+
+    weights = net.example_weights(losses, batch).detach()
+
+    assert weights[:2].tolist() == [1, 1]
+    assert_close(weights[2:], literal_weights(net, losses[2:]).detach())
+
+
+def test_beside_trusted_examples_the_scale_of_the_weights_is_learned():
+    """Without them a common factor of all weights changes nothing, and its hypergradient is zero."""
+    net, losses = MetaWeightNet().double(), torch.rand(6, dtype=torch.float64)
+    with torch.no_grad():
+        net.network[2].weight.zero_()  # a weight that does not depend on the loss
+
+    def grad_of_bias(batch):
+        return torch.autograd.grad(net.reduce(losses, batch, None), net.network[2].bias)[0].item()
+
+    trusted = torch.arange(6) < 2
+    assert abs(grad_of_bias({})) < 1e-12
+    weight = net(losses)[0].item()
+    # d/dw (sum_t + w sum_n) / (2 + 4w), times dw/db = w (1 - w)
+    sums = losses[:2].sum().item(), losses[2:].sum().item()
+    slope = (sums[1] * (2 + 4 * weight) - 4 * (sums[0] + weight * sums[1])) / (2 + 4 * weight) ** 2
+    assert grad_of_bias({"is_trusted": trusted}) == pytest.approx(slope * weight * (1 - weight), rel=1e-9)
+
+
+def test_trusted_marks_that_do_not_fit_the_losses_are_refused():
+    with pytest.raises(ValueError, match=r"got 4 losses for `is_trusted` of shape \[3\]"):
+        MetaWeightNet().example_weights(torch.rand(4), {"is_trusted": torch.ones(3)})
+
+
+# ------------------------------------------------------------------------------ weights that know the label
+
+
+def test_at_first_the_label_changes_nothing():
+    torch.manual_seed(0)
+    plain = MetaWeightNet()
+    torch.manual_seed(0)
+    aware, losses, classes = MetaWeightNet(num_classes=3), torch.rand(5) * 3, torch.tensor([0, 1, 2, 0, 1])
+
+    assert aware.num_classes == 3
+    assert torch.equal(aware(losses, classes), plain(losses))
+    assert_close(aware.summary(), plain.summary())
+
+
+def test_a_class_shifts_the_hidden_layer():
+    net, losses, classes = MetaWeightNet(4, num_classes=3), torch.rand(5) * 3, torch.tensor([0, 1, 2, 0, 1])
+    with torch.no_grad():
+        net.class_shifts.normal_()
+    hidden = F.relu(losses[:, None] * net.network[0].weight[:, 0] + net.network[0].bias + net.class_shifts[classes])
+    expected = torch.sigmoid(hidden @ net.network[2].weight[0] + net.network[2].bias[0])
+
+    assert_close(net(losses, classes), expected)
+    assert_close(net.example_weights(losses, {"label_of_loss": classes}), expected)
+    at_two = torch.stack([net(torch.tensor([2.0]), torch.tensor([c])) for c in range(3)]).mean()
+    assert_close(net.summary()["weight_at_loss_2"], at_two.detach())
+
+
+def test_the_label_of_a_class_that_is_wrong_by_rule_loses_its_weight():
+    """Half of the zeros are called ones, and never the other way round; a quarter of the rows are trusted."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    inputs = torch.randn(60, 3).double()
+    truth = (inputs[:, 0] > 0).long()
+    trusted = torch.arange(60) < 15
+    labels = torch.where(trusted, truth, truth | torch.randint(2, (60,)))
+    net = MetaWeightNet(num_classes=2).double()
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+
+    def objective():
+        losses = F.cross_entropy(model(inputs), labels, reduction="none")
+        return net.reduce(losses, {"label_of_loss": labels, "is_trusted": trusted}, None)
+
+    problem = BilevelProblem(
+        list(model.parameters()), list(net.parameters()), objective, lambda: F.cross_entropy(model(inputs), truth)
+    )
+    for _ in range(150):
+        for parameter, grad in zip(net.parameters(), t1t2(problem, lr=0.1).grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        grads = torch.autograd.grad(objective(), list(model.parameters()))
+        with torch.no_grad():
+            for parameter, grad in zip(model.parameters(), grads, strict=True):
+                parameter -= 0.3 * grad
+    losses = torch.full((2,), 0.5).double()
+    kept, distrusted = net(losses, torch.tensor([0, 1])).tolist()
+    assert distrusted < 0.6 * kept
+
+
+@pytest.mark.parametrize("classes", [None, torch.zeros(3, dtype=torch.long)])
+def test_classes_are_to_be_given_exactly_where_they_are_read(classes):
+    net = MetaWeightNet(num_classes=None if classes is not None else 2)
+    with pytest.raises(ValueError, match=r"reads the class of a label exactly where it was made with `num_classes`"):
+        net(torch.rand(3), classes)
+
+
+@pytest.mark.parametrize("batch", [{}, {"label_of_loss": torch.zeros(2, dtype=torch.long)}])
+def test_losses_without_a_class_each_are_refused(batch):
+    with pytest.raises(ValueError, match=r"expects the class of each of 3 losses as `label_of_loss`, got (none|\[2\])"):
+        MetaWeightNet(num_classes=2).example_weights(torch.rand(3), batch)
+
+
+def test_a_model_of_another_number_of_classes_is_refused():
+    model = nn.Linear(1, 1)
+    model.config = SimpleNamespace(num_labels=4)
+    MetaWeightNet(num_classes=4).check_model(model)
+    MetaWeightNet().check_model(model)
+    with pytest.raises(ValueError, match="num_classes=3 classes, but the model has 4"):
+        MetaWeightNet(num_classes=3).check_model(model)
+
+
+@pytest.mark.parametrize("size", [0, 1.5, "3"])
+def test_the_number_of_classes_should_be_a_positive_whole_number(size):
+    with pytest.raises(ValueError, match=f"`num_classes` should be a positive, whole number, got {size!r}"):
+        MetaWeightNet(num_classes=size)
+
+
+def test_shifts_are_saved_and_loaded(tmp_path):
+    net = MetaWeightNet(5, num_classes=3)
+    with torch.no_grad():
+        net.class_shifts.normal_()
+    net.save_pretrained(tmp_path)
+    loaded = MetaWeightNet.from_pretrained(tmp_path)
+    assert loaded.num_classes == 3
+    assert_close(loaded.state_dict(), net.state_dict())
 
 
 # ------------------------------------------------------------------------------ which derivative is estimated

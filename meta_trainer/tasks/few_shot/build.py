@@ -1,8 +1,10 @@
 """Cross-domain few-shot classification as a task."""
 
 from functools import partial
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 
 from meta_trainer.tasks.few_shot.arguments import FewShotArguments
 from meta_trainer.tasks.few_shot.episodes import Episode, EpisodeCollator
@@ -22,7 +24,7 @@ def build_few_shot_task(
 
     Args:
         arguments: Domains, episodes and model.
-        model: Not for this task: a pretrained text encoder is refused.
+        model: For ``model_name_or_path``, a model of this task whose backbone training starts from.
         seed: Seed of the weights and of the episodes.
         with_meta: Whether a meta module is trained. If not, train batches hold no meta batch, and are the same.
         sampling: In which order Trainer takes the training rows.
@@ -33,11 +35,6 @@ def build_few_shot_task(
     Raises:
         ValueError: If data and settings do not fit each other.
     """
-    if model.model_name_or_path is not None:
-        raise ValueError(
-            f"model_name_or_path={model.model_name_or_path!r}: task='few_shot' trains its backbone from scratch. "
-            "Choose it by `backbone`."
-        )
     if sampling != IN_ORDER:
         raise ValueError(
             f"train_sampling_strategy should be {IN_ORDER!r}, got {sampling!r}: domains and the weight of the "
@@ -57,7 +54,7 @@ def build_few_shot_task(
         fixed_transform=arguments.fixed_transform,
     )
     return Task(
-        model_init=partial(make_relation_net, config, seed),
+        model_init=partial(make_relation_net, config, seed, model.model_name_or_path),
         processing_class=None,
         # Trainer takes any sequence of rows.
         train_dataset=[Episode(number) for number in range(arguments.num_train_episodes)],
@@ -72,9 +69,43 @@ def build_few_shot_task(
     )
 
 
-def make_relation_net(config: RelationNetConfig, seed: int) -> RelationNet:
-    """Build the model; its weights depend on ``seed``, not on the global generator."""
+def make_relation_net(config: RelationNetConfig, seed: int, warm_start: str | None = None) -> RelationNet:
+    """Build the model; its new weights depend on ``seed``, not on the global generator.
+
+    Args:
+        config: Its sizes.
+        seed: Of the new weights.
+        warm_start: Folder or Hub name of a :class:`RelationNet` whose backbone is taken over, whatever episodes it was
+            trained on; the relation module and the auxiliary classifier start anew. None: all weights are new.
+
+    Raises:
+        ValueError: If there is no such model, or it has another backbone.
+    """
     # Named devices: with several of them, fork_rng would warn that it saves them all.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return RelationNet(config)
+        model = RelationNet(config)
+        if warm_start is not None:
+            model.resnet.load_state_dict(_load(warm_start, config).resnet.state_dict())
+    return model
+
+
+def _load(name: str, config: RelationNetConfig) -> RelationNet:
+    """The model to start from, checked."""
+    try:
+        found = RelationNetConfig.from_pretrained(name)
+        if found.model_type != config.model_type:
+            raise ValueError(f"it is a {found.model_type!r}, not a {config.model_type!r}")
+        model = RelationNet.from_pretrained(name, config=found)
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        raise ValueError(
+            f"model_name_or_path={name!r}: few-shot training starts from a model that an earlier run of "
+            f"task='few_shot' has saved, or from none: {error}"
+        ) from error
+    for size in ("backbone", "backbone_width", "stem"):
+        if getattr(found, size) != getattr(config, size):
+            raise ValueError(
+                f"model_name_or_path={name!r} has {size}={getattr(found, size)!r}, but this run has "
+                f"{getattr(config, size)!r}: set {size} to that of the model to start from."
+            )
+    return model

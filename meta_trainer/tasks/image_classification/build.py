@@ -15,7 +15,7 @@ from meta_trainer.tasks.image_classification.images import PIXELS, decode
 from meta_trainer.tasks.image_classification.lenet import LeNetConfig
 from meta_trainer.tasks.image_classification.loading import ImageData, load_image_data
 from meta_trainer.tasks.image_classification.pixels import ImageTransform, ProcessedPixels, ReadPixels, ResizedPixels
-from meta_trainer.tasks.labelled_rows import label_record
+from meta_trainer.tasks.labelled_rows import label_record, mark_trusted
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
@@ -28,7 +28,12 @@ GREY_MODES = ("1", "L", "LA", "I", "F", "I;16")
 
 
 def build_image_classification_task(
-    arguments: ImageClassificationArguments, model: ModelArguments, *, seed: int, with_meta: bool
+    arguments: ImageClassificationArguments,
+    model: ModelArguments,
+    *,
+    seed: int,
+    with_meta: bool,
+    tells_trusted: bool = False,
 ) -> Task:
     """Load data and image processor, and put together what a run needs.
 
@@ -38,6 +43,7 @@ def build_image_classification_task(
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
             where ``train_on_meta`` says so.
+        tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
         The task. Its training labels may be wrong, those of all other sets are the trusted ones.
@@ -56,12 +62,15 @@ def build_image_classification_task(
         config, processor = pretrained_config(model, data.classes), _load_processor(model)
         read = ProcessedPixels(processor)
     config.problem_type = "single_label_classification"
-    joint = arguments.train_on_meta and not with_meta
+    joint = arguments.trains_on_meta(with_meta, tells_trusted)
+    num_trusted = len(data.meta) if joint and with_meta else 0
     train, record = (
         (concatenate_datasets([data.train, data.meta]), concatenate_datasets([data.train_record, data.meta_record]))
         if joint
         else (data.train, data.train_record)
     )
+    if num_trusted:
+        train, record = mark_trusted(train, num_trusted), data.train_record
     transform = ImageTransform(
         read, arguments.rotate_train_degrees, arguments.random_crop_padding, arguments.random_flip
     )
@@ -81,6 +90,7 @@ def build_image_classification_task(
         main_metric="accuracy",
         pipeline_tag="image-classification",
         baseline=arguments.baseline,
+        num_trusted=num_trusted,
         training_labels=label_record(record, data.classes, arguments),
     )
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -51,6 +52,9 @@ class ImageClassifier(PreTrainedModel):
                 f"{type(self).__name__} expects `pixel_values` of shape {['B', *shape]}, got "
                 f"{list(pixel_values.shape)}. Set `image_size` and `num_channels` of its config to those of the images."
             )
+        if pixel_values.is_cuda:
+            # Convolutions of few channels take less than half the time in this layout, which they pass on.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         logits = self.classifier(self.features(pixel_values))  # [B, num_labels]
         loss = None if labels is None else F.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)

@@ -6,6 +6,7 @@ from datasets import Dataset
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from meta_trainer.tasks.classifier import make_config, make_model
+from meta_trainer.tasks.labelled_rows import mark_trusted
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.ner.build import EVALUATION_LENGTH
 from meta_trainer.tasks.ner.encoding import encode
@@ -19,7 +20,9 @@ from meta_trainer.tasks.task import Task
 from meta_trainer.tasks.tokenizer import check_max_length
 
 
-def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *, seed: int, with_meta: bool) -> Task:
+def build_noisy_ner_task(
+    arguments: NoisyNerArguments, model: ModelArguments, *, seed: int, with_meta: bool, tells_trusted: bool = False
+) -> Task:
     """Load data and tokenizer, and put together what a run needs.
 
     Args:
@@ -28,6 +31,7 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
             where ``train_on_meta`` says so.
+        tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
         The task. Its training tags may be wrong, those of all other sets are the trusted ones.
@@ -42,10 +46,15 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
     tokenizer = make_tokenizer(model, [data.train, *([data.meta] if len(data.meta) else [])])
     config = make_config(model, data.tags, tokenizer)
     evaluation_length = min(EVALUATION_LENGTH, check_max_length(arguments.max_length, tokenizer, config))
-    joint = arguments.train_on_meta and not with_meta
+    joint = arguments.trains_on_meta(with_meta, tells_trusted)
+    num_trusted = len(data.meta) if joint and with_meta else 0
     further = [data.meta] if joint else []
     train, trusted = concatenate([data.train, *further]), concatenate([data.train_trusted, *further])
-    record = record_labels(train, trusted, tokenizer, arguments.max_length)
+    recorded = (data.train, data.train_trusted) if num_trusted else (train, trusted)
+    record = record_labels(*recorded, tokenizer, arguments.max_length)
+    train_dataset = encode(train, tokenizer, data.tags, arguments.max_length)
+    if num_trusted:
+        train_dataset = mark_trusted(train_dataset, num_trusted)
 
     def encoded(sentences: Sentences | None, length: int) -> Dataset | None:
         return None if sentences is None else encode(sentences, tokenizer, data.tags, length)
@@ -53,7 +62,7 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
     return Task(
         model_init=partial(make_model, AutoModelForTokenClassification, model, config, seed),
         processing_class=tokenizer,
-        train_dataset=encode(train, tokenizer, data.tags, arguments.max_length),
+        train_dataset=train_dataset,
         meta_dataset=encoded(data.meta, arguments.max_length) if with_meta else None,
         eval_dataset=encoded(data.validation, evaluation_length),
         test_dataset=encoded(data.test, evaluation_length),
@@ -62,5 +71,6 @@ def build_noisy_ner_task(arguments: NoisyNerArguments, model: ModelArguments, *,
         main_metric="f1",
         pipeline_tag="token-classification",
         baseline=arguments.baseline,
+        num_trusted=num_trusted,
         training_labels=record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"]),
     )

@@ -7,7 +7,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from meta_trainer.modules.domain_weights import DOMAIN_COLUMN
 from meta_trainer.tasks.classifier import make_config, make_model
-from meta_trainer.tasks.labelled_rows import label_record
+from meta_trainer.tasks.labelled_rows import label_record, mark_trusted
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
 from meta_trainer.tasks.task import Task
@@ -18,7 +18,12 @@ from meta_trainer.tasks.tokenizer import check_max_length, load_tokenizer, train
 
 
 def build_text_classification_task(
-    arguments: TextClassificationArguments, model: ModelArguments, *, seed: int, with_meta: bool
+    arguments: TextClassificationArguments,
+    model: ModelArguments,
+    *,
+    seed: int,
+    with_meta: bool,
+    tells_trusted: bool = False,
 ) -> Task:
     """Load data and tokenizer, and put together what a run needs.
 
@@ -28,6 +33,7 @@ def build_text_classification_task(
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
             where ``train_on_meta`` says so.
+        tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
         The task. Its training labels may be wrong, those of all other sets are the trusted ones.
@@ -42,10 +48,13 @@ def build_text_classification_task(
     config = make_config(model, data.classes, tokenizer)
     config.problem_type = "single_label_classification"
     check_max_length(arguments.max_length, tokenizer, config)
-    joint = arguments.train_on_meta and not with_meta
+    joint = arguments.trains_on_meta(with_meta, tells_trusted)
+    num_trusted = len(data.meta) if joint and with_meta else 0
     train = concatenate_datasets([data.train, data.meta]) if joint else data.train
 
     train_dataset = encode(train, tokenizer, arguments.max_length)
+    if num_trusted:
+        train_dataset = mark_trusted(train_dataset, num_trusted)
     domains: list[str] = []
     if with_meta and arguments.domain_column is not None:
         domains = sorted(set(train["domain"]))
@@ -67,7 +76,8 @@ def build_text_classification_task(
         pipeline_tag="text-classification",
         baseline=arguments.baseline,
         domains=tuple(domains),
-        training_labels=label_record(train, data.classes, arguments),
+        num_trusted=num_trusted,
+        training_labels=label_record(data.train if num_trusted else train, data.classes, arguments),
     )
 
 

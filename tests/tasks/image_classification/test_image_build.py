@@ -78,6 +78,17 @@ def test_the_baseline_on_both_sets_adds_the_meta_rows_with_trusted_labels(small)
     assert not any(both.training_labels["is_corrupted"][32:])
 
 
+def test_a_meta_module_that_tells_trusted_images_trains_on_both_sets(small):
+    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta": True}
+    method, both = build(small(**noise), tells_trusted=True), build(small(**noise), with_meta=False)
+    assert (len(method.train_dataset), method.num_trusted, both.num_trusted) == (40, 8, 0)
+    assert method.train_dataset["is_trusted"][:] == [False] * 32 + [True] * 8
+    assert_close(method.train_dataset[:]["pixel_values"], both.train_dataset[:]["pixel_values"])
+    assert method.training_labels.to_list() == both.training_labels.to_list()[:32]
+    batch = method.data_collator([method.train_dataset[i] for i in (0, 39)])
+    assert batch["is_trusted"].tolist() == [False, True]
+
+
 def test_a_file_of_trusted_images_is_the_meta_set_and_leaves_all_others_to_train_on(small, write_images):
     checked = small(meta_file=write_images("checked.parquet", range(200, 206)), train_on_meta=True, num_meta_examples=0)
     method, both = build(checked), build(checked, with_meta=False)

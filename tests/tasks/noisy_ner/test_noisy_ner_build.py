@@ -83,6 +83,16 @@ def test_the_meta_set_is_set_apart_and_clean_with_a_meta_module_or_without(gener
     assert (both.baseline, both.main_metric) == ("plain training on both sets", "f1")
 
 
+def test_a_meta_module_that_tells_trusted_sentences_trains_on_both_sets(generated):
+    noise = {"label_noise": "drop", "label_noise_share": 0.5, "train_on_meta": True}
+    method, both = build(generated(**noise), tells_trusted=True), build(generated(**noise), with_meta=False)
+    assert (method.num_trusted, both.num_trusted) == (10, 0)
+    assert method.train_dataset["is_trusted"][:] == [False] * 30 + [True] * 10
+    assert method.train_dataset.remove_columns("is_trusted").to_list() == both.train_dataset.to_list()
+    assert method.training_labels.to_list() == both.training_labels.to_list()[: len(method.training_labels)]
+    assert set(method.training_labels["row"]) < set(both.training_labels["row"])
+
+
 def test_types_are_renamed_and_dropped_in_all_sets(generated):
     data = load_noisy_ner_data(generated(map_tags=["ORG=O", "LOC=PLACE"]), seed=0)
     assert data.tags == ["O", "B-PER", "I-PER", "B-PLACE", "I-PLACE"]

@@ -41,4 +41,4 @@ def test_a_transform_of_source_sentences_is_refused():
     with pytest.raises(ValueError, match="'representation_transform' is for task='ner', not for task='noisy_ner'"):
         read_recipe(None, [*settings, "--meta_module", "representation_transform"])
     with pytest.raises(ValueError, match="`train_on_meta` is for a baseline"):
-        read_recipe(None, [*settings, "--meta_module", "meta_weight_net", "--train_on_meta", "true"])
+        read_recipe(None, [*settings, "--meta_module", "learned_weight_decay", "--train_on_meta", "true"])

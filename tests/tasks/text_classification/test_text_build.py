@@ -65,6 +65,17 @@ def test_the_baseline_on_both_sets_adds_the_meta_rows_with_trusted_labels(genera
     assert len(method.train_dataset) == 108
 
 
+def test_a_meta_module_that_tells_trusted_rows_trains_on_both_sets(generated, tiny_model):
+    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta": True}
+    method = build(generated(**noise), tiny_model, tells_trusted=True)
+    both = build(generated(**noise), tiny_model, with_meta=False)
+    assert method.num_trusted == len(method.meta_dataset) == len(method.train_dataset) - 108
+    assert method.train_dataset["is_trusted"][:] == [False] * 108 + [True] * method.num_trusted
+    assert method.train_dataset.remove_columns("is_trusted").to_list() == both.train_dataset.to_list()
+    assert method.training_labels.to_list() == both.training_labels.to_list()[:108]
+    assert build(generated(), tiny_model, tells_trusted=True).num_trusted == both.num_trusted == 0
+
+
 def test_trainer_trains_and_scores_with_the_tasks_metrics(generated, tiny_model, tmp_path):
     task = build(generated(), tiny_model, with_meta=False)
     run = trainer(task, tmp_path)

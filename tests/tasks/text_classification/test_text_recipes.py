@@ -160,9 +160,48 @@ def test_help_shows_the_keys_of_the_task(capsys):
     assert "parsing" in capsys.readouterr().err
 
 
-def test_training_on_the_meta_set_is_refused_where_a_meta_module_learns_from_it(tmp_path):
-    with pytest.raises(ValueError, match="`train_on_meta` is for a baseline"):
-        read_recipe(recipe(tmp_path, train_on_meta=True), [])
+def test_training_on_the_meta_set_is_refused_where_another_meta_module_learns_from_it(tmp_path):
+    for modules in ("learned_weight_decay", ["meta_weight_net", "learned_weight_decay"]):
+        with pytest.raises(ValueError, match="`train_on_meta` is for a baseline, or for meta_module='meta_weight_net'"):
+            read_recipe(recipe(tmp_path, train_on_meta=True, meta_module=modules), [])
+
+
+def test_weights_beside_trusted_rows_that_are_trained_on_and_by_the_label(tmp_path, caplog):
+    file = recipe(tmp_path, train_on_meta=True, weight_net_reads_label=True, compare_with_baseline=True)
+    assert main(["train", "--config", file]) == 0
+    run = tmp_path / "run"
+    module = MetaWeightNet.from_pretrained(run / "meta_module")
+    assert module.num_classes == len(TOPICS)
+    assert module.class_shifts.abs().max() > 0
+    rows = pyarrow.parquet.read_table(run / "training_weights.parquet").to_pylist()
+    assert len(rows) == 60
+    assert sum(row["is_corrupted"] for row in rows) == 24
+    losses, weights = (torch.tensor([row[name] for row in rows]) for name in ("loss", "weight"))
+    classes = torch.tensor([TOPICS.index(row["label"]) for row in rows])
+    torch.testing.assert_close(module(losses, classes).detach(), weights, check_dtype=False)
+    baseline = pyarrow.parquet.read_table(run / "baseline" / "training_labels.parquet")
+    assert len(baseline) == 80
+    results = json.loads((run / "results.json").read_text())["results"]
+    assert all(row["meta/overlap"] == 0 for row in results[1]["history"] if "meta/overlap" in row)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"meta_module": "learned_weight_decay"}, r"got meta_module=\['learned_weight_decay'\]"),
+        ({"task": "noisy_ner", "weight_net_level": "sentence"}, "a loss belongs to all labels of a sentence"),
+        ({"task": "language_modeling"}, "labels that are classes, got .* task='language_modeling'"),
+    ],
+)
+def test_weights_by_the_label_are_refused_where_there_is_no_such_label(tmp_path, settings, message):
+    other_task = {"task": settings.get("task", TINY["task"]), "output_dir": str(tmp_path), "use_cpu": True}
+    corpus = {"sources": ["a=generated", "b=generated"]} if settings.get("task") == "language_modeling" else {}
+    corpus = corpus or {"data": "generated"}
+    content = {"meta_module": "meta_weight_net", "weight_net_reads_label": True, **other_task, **corpus, **settings}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        read_recipe(str(file), [])
 
 
 # What takes a recipe off the Hub and makes it small.
