@@ -98,6 +98,7 @@ def build_task(recipe: Recipe, meta_module_names: list[str]) -> Task:
             with_meta=with_meta,
             meta_batch_size=recipe.training.per_device_meta_batch_size,
             mark_source="representation_transform" in meta_module_names,
+            mark_target=TELLS_TRUSTED in meta_module_names,
         )
     if isinstance(recipe.task, ImageClassificationArguments):
         return build_image_classification_task(

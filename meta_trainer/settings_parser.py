@@ -25,7 +25,7 @@ COMMON_TRAINING_FIELDS = frozenset(
     }
 )  # fmt: skip
 
-NONE_IS_A_VALUE = frozenset({"meta_guard"})
+NONE_IS_A_VALUE = frozenset({"meta_guard", "report_to"})
 """Optional settings for which 'none' is one of the values, and not the absence of one."""
 
 
@@ -46,7 +46,7 @@ class SettingsParser(HfArgumentParser):
         self._trainer_fields = set(get_type_hints(TrainingArguments))
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
-        self._emptied_by_none = self._optional - self._trainer_fields - NONE_IS_A_VALUE
+        self._emptied_by_none = self._optional - NONE_IS_A_VALUE
         self._number_or_word = {name for name, hint in hints.items() if {float, str} <= {*get_args(hint)}}
         self._truth_values = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         self._mappings = {

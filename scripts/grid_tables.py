@@ -86,7 +86,7 @@ def markdown_tables(
         if heading:
             parts.append(f"**{heading}**\n")
         parts.append(_table(own, rows, columns, presentation))
-        parts.append("\n".join(_differences(own, rows, presentation)) + "\n")
+        parts.append("\n".join([*_differences(own, rows, presentation), _devices(own)]) + "\n")
     return "\n".join([*parts, _commands(runs, methods)])
 
 
@@ -133,6 +133,11 @@ def _differences(runs: Sequence[Run], methods: Sequence[str], presentation: Pres
                 f"(standard error over {len(differences)} pairs of target and seed).  "
             )
     return lines
+
+
+def _devices(runs: Sequence[Run]) -> str:
+    """Where the runs were made."""
+    return f"Device: {', '.join(sorted({run.environment['device'] for run in runs}))}."
 
 
 def _commands(runs: Sequence[Run], methods: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ from meta_trainer.recipe import find_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 OVERVIEW = "overview"
+WARM_UP = "warm-up"
+"""Method name of the runs that others start from."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Grid:
         seeds: Each gives one run of every method on every target.
         only: Methods that are run on some targets only.
         methods: What a method changes in its recipe, where several share one.
+        warm_up: `recipe` and what it changes for a run that comes before all others on a target, which start from its
+            model; none by default.
         presentation: Fields of `grid_tables.Presentation`.
     """
 
@@ -83,7 +87,20 @@ class Grid:
     seeds: list[int]
     only: dict[str, list[str]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warm_up: dict[str, Any] = field(default_factory=dict)
     presentation: dict[str, Any] = field(default_factory=dict)
+
+    def warm_ups(self) -> Iterator[Cell]:
+        """The runs that others start from, one for each target."""
+        own = dict(self.warm_up)
+        recipe = own.pop("recipe", None)
+        for target, settings in self.targets.items() if recipe else ():
+            folder = self._warm_up_folder(target)
+            overrides = {**self.settings, **settings, **own, "output_dir": str(folder)}
+            yield Cell(WARM_UP, target, own["seed"], recipe, folder, overrides)
+
+    def _warm_up_folder(self, target: str) -> Path:
+        return Path(self.output_dir) / _name(target) / _name(WARM_UP)
 
     def cells(self) -> Iterator[Cell]:
         """Every run, seed by seed, so that a grid that is stopped early has whole rows."""
@@ -93,7 +110,8 @@ class Grid:
                     if target not in self.only.get(method, self.targets):
                         continue
                     folder = Path(self.output_dir) / _name(target) / _name(method) / f"seed_{seed}"
-                    own = self.methods.get(method, {})
+                    start = {"model_name_or_path": str(self._warm_up_folder(target))} if self.warm_up else {}
+                    own = {**start, **self.methods.get(method, {})}
                     overrides = {**self.settings, **target_settings, **own, "seed": seed}
                     yield Cell(method, target, seed, recipe, folder, overrides)
 
@@ -161,18 +179,19 @@ def main() -> None:
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of README.md, which has the marks")
     options = parser.parse_args()
     grid = load_grid(options.grid)
-    cells = list(grid.cells())
+    warm_ups, cells = list(grid.warm_ups()), list(grid.cells())
     if not options.table_only:
+        run_missing(warm_ups, options.jobs)
         run_missing(cells, options.jobs)
     file = options.recipes / "results" / f"{grid.title}.json"
-    runs = collect(cells)
+    runs = collect([*warm_ups, *cells])
     # A checkout has the results, but not the folders of the runs.
     if runs:
         file.parent.mkdir(exist_ok=True)
         content = {"grid": str(options.grid), "runs": [vars(run) for run in runs]}
         file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     runs = [Run(**run) for run in json.loads(file.read_text())["runs"]]
-    tables = markdown_tables(runs, list(grid.recipes), list(grid.targets), Presentation(**grid.presentation))
+    tables = markdown_tables(runs, [WARM_UP, *grid.recipes], list(grid.targets), Presentation(**grid.presentation))
     print(tables)
     write_between_marks(options.recipes / "README.md", grid.title, tables)
     write_between_marks(options.recipes / "README.md", OVERVIEW, _overview(options.recipes))

@@ -48,6 +48,14 @@ def test_none_empties_an_optional_setting(tmp_path):
     assert recipe.task.max_target_examples is None
 
 
+def test_none_empties_an_optional_setting_of_trainer_but_reports_to_none(tmp_path):
+    settings = {"optim": "sgd", "optim_args": "momentum=0.9", "metric_for_best_model": "f1"}
+    changes = ["--optim_args", "none", "--metric_for_best_model", "none", "--report_to", "none"]
+    training = read_recipe(recipe_file(tmp_path, **settings), changes).training
+    assert training.optim_args is training.metric_for_best_model is None
+    assert training.report_to == []
+
+
 def test_a_guard_of_none_is_no_guard_and_not_the_default(tmp_path):
     file = recipe_file(tmp_path, noise="guided", meta_guard="none")
     assert read_recipe(file, []).training.meta_guard == "none"

@@ -14,7 +14,7 @@ OWN = {"description", "method", "hypergradient", "num_candidates", "sigma", "tem
     [
         ("text_classification", NETS, OWN),
         ("image_classification", NETS, OWN),
-        ("noisy_ner", NETS | {"meta_weight_net_sentences"}, OWN | {"weight_net_level"}),
+        ("noisy_ner", NETS | {"meta_weight_net_sentences"}, OWN | {"weight_net_level", "weight_net_reads_label"}),
     ],
 )
 def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on(folder, nets, own):

@@ -28,6 +28,7 @@ def build_ner_task(
     with_meta: bool,
     meta_batch_size: int,
     mark_source: bool = True,
+    mark_target: bool = False,
 ) -> Task:
     """Load data and tokenizer, and put together what a run needs.
 
@@ -39,6 +40,7 @@ def build_ner_task(
             else, and every target sentence is trained on.
         meta_batch_size: Target sentences of a meta batch; without a meta module they are drawn and not used.
         mark_source: Whether batches for a meta module say which of their rows are source sentences.
+        mark_target: Whether they say which are target sentences, and so to be trusted.
 
     Returns:
         The task. Its training rows are the source sentences; the collator adds the target sentences.
@@ -64,6 +66,7 @@ def build_ner_task(
         meta_batch_size if ner.meta_split == "per_batch" else 0,
         seed,
         mark_source=with_meta and mark_source,
+        mark_target=with_meta and mark_target,
         carry_meta=with_meta,
     )
     return Task(

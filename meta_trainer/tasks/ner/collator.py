@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import DataCollatorForTokenClassification
 
-from meta_trainer.modules.meta_module import META_BATCH
+from meta_trainer.modules.meta_module import IS_TRUSTED, META_BATCH
 
 # Trainer gives evaluation rows to the same collator, so training rows are marked. Of all names that are no
 # argument of a model's forward(), Trainer keeps this one when it removes unused columns.
@@ -35,6 +35,7 @@ class SourceTargetCollator:
             0: no meta batch.
         seed: Seed of the draws.
         mark_source: Whether batches say by ``is_source`` (bool, ``[B]``) which rows are source sentences.
+        mark_target: Whether batches say by ``is_trusted`` (bool, ``[B]``) which rows are target sentences.
         carry_meta: Whether batches hold the meta batch. Its sentences are drawn in any case, so that a baseline trains
             on the same target sentences as the method that it stands beside.
 
@@ -50,6 +51,7 @@ class SourceTargetCollator:
         meta_batch_size: int,
         seed: int,
         mark_source: bool,
+        mark_target: bool = False,
         carry_meta: bool = True,
     ) -> None:
         needed = target_batch_size + (meta_batch_size if carry_meta else 0)
@@ -65,6 +67,7 @@ class SourceTargetCollator:
         self.meta_batch_size = meta_batch_size
         self.seed = seed
         self.mark_source = mark_source
+        self.mark_target = mark_target
         self.carry_meta = carry_meta
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -74,8 +77,11 @@ class SourceTargetCollator:
         source = [{key: value for key, value in row.items() if key != SOURCE_MARK} for row in features]
         drawn = self.draw(source)
         batch = dict(self.pad(source + drawn[: self.target_batch_size]))
+        is_source = torch.arange(len(batch["input_ids"])) < len(source)  # [B]
         if self.mark_source:
-            batch["is_source"] = torch.arange(len(batch["input_ids"])) < len(source)  # [B]
+            batch["is_source"] = is_source
+        if self.mark_target:
+            batch[IS_TRUSTED] = ~is_source
         if self.meta_batch_size and self.carry_meta:
             batch[META_BATCH] = dict(self.pad(drawn[self.target_batch_size :]))
         return batch

@@ -94,7 +94,7 @@ def test_a_residual_network_has_the_second_derivatives_of_t1t2(run_small):
     ("folder", "of_baselines", "of_methods"),
     [
         (ROTATION, {"rotate_train_degrees"}, set()),
-        (CIFAR, {"train_on_meta"}, set()),
+        (CIFAR, {"train_on_meta"}, {"train_on_meta"}),
         (DECAY, {"train_on_meta"}, {"weight_decay", "initial_weight_decay"}),
     ],
 )
