@@ -1,17 +1,20 @@
 """Run a grid of recipes x targets x seeds, resume where it stopped, and write its tables from the runs' JSON.
 
     python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --jobs 2       # runs what has no result yet
+    python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --only "^qu/.*/seed_1$"    # runs some of its cells
     python scripts/run_grid.py recipes/ner/grids/wikiann.yaml --table-only   # rewrites the tables
 
 A grid file names the recipes, the settings that all runs share, the targets with their settings, and the seeds; $NAME
 in it stands for an environment variable. A run whose settings already have a result is left alone, so that the command
 can be stopped and started again at any time. What the runs reached is kept in `recipes/results/<title>.json`, which the
-tables are made from.
+tables are made from; a run on record there stays without its folder, for as long as the grid and the recipe would make
+it the same way.
 """
 
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -31,6 +34,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 OVERVIEW = "overview"
 WARM_UP = "warm-up"
 """Method name of the runs that others start from."""
+CHANGES_NO_RUN = ("description", "method")
+"""Keys of a recipe that say how it is shown."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Cell:
     recipe: str
     folder: Path
     overrides: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What `--only` is looked for in."""
+        return f"{self.target}/{self.method}/seed_{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,26 +180,100 @@ def collect(cells: Sequence[Cell]) -> list[Run]:
     return runs
 
 
+def select(cells: Sequence[Cell], pattern: str) -> list[Cell]:
+    """The cells in whose name, ``target/method/seed_N``, a regular expression is found.
+
+    Raises:
+        ValueError: If it is no regular expression, or is found in no name.
+    """
+    examples = ", ".join(repr(cell.name) for cell in cells[:3])
+    expected = f"--only should be a regular expression that is found in such texts as {examples}; got {pattern!r}"
+    try:
+        selected = [cell for cell in cells if re.search(pattern, cell.name)]
+    except re.error as error:
+        raise ValueError(f"{expected}, which is no regular expression: {error}.") from error
+    if not selected:
+        raise ValueError(f"{expected}, which is found in none of the {len(cells)} cells.")
+    return selected
+
+
+def recipe_content(name: str) -> dict[str, Any]:
+    """The settings of a recipe that its runs depend on."""
+    content = yaml.safe_load(find_recipe(name).read_text())
+    return {key: value for key, value in content.items() if key not in CHANGES_NO_RUN}
+
+
+def merge(cells: Sequence[Cell], runs: Sequence[Run], record: dict[str, Any]) -> list[Run]:
+    """Put runs and those on record together, in the order of the cells.
+
+    A checkout has the record, but not the folders of the runs, so what is on record must not get lost with them. It is
+    kept where it proves that the run would be the same today: a cell has its recipe and its overrides, and the recipe
+    has the content that it had. A run that was found replaces the one on record.
+
+    Args:
+        cells: Those of the grid, warm-ups included.
+        runs: What was found in the folders of the cells.
+        record: The content of the file of results; `recipes` is missing in old ones, none of whose runs are kept.
+    """
+    cell_of = {_place(cell): cell for cell in cells}
+    on_record = [Run(**content) for content in record.get("runs", [])]
+    kept = [run for run in on_record if _is_same(run, cell_of.get(_place(run)), record.get("recipes", {}))]
+    merged = {_place(run): run for run in [*kept, *runs]}
+    return [merged[place] for place in cell_of if place in merged]
+
+
+def _is_same(run: Run, cell: Cell | None, recipes: dict[str, Any]) -> bool:
+    """Whether the cell would give the run that is on record with these recipes."""
+    if cell is None or (run.recipe, run.overrides) != (cell.recipe, cell.overrides):
+        return False
+    return recipes.get(run.recipe) == recipe_content(run.recipe)
+
+
+def _place(of: Cell | Run) -> tuple[str, str, int]:
+    return of.method, of.target, of.seed
+
+
+def keep(file: Path, grid: str, cells: Sequence[Cell]) -> None:
+    """Bring the file of results up to date, if there is anything to write.
+
+    Args:
+        file: The results.
+        grid: Path of the grid file, as it is written into the results.
+        cells: Those of the grid, warm-ups included.
+    """
+    record = json.loads(file.read_text()) if file.is_file() else {}
+    runs = merge(cells, collect(cells), record)
+    if not runs:
+        return
+    recipes = {name: recipe_content(name) for name in dict.fromkeys(run.recipe for run in runs)}
+    content = {"grid": grid, "recipes": recipes, "runs": [vars(run) for run in runs]}
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
 def main() -> None:
     """Parse the command line and run the grid."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("grid", type=Path, help="grid file")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help='run only the cells in whose "target/method/seed_N" this is found'
+    )
     parser.add_argument("--table-only", action="store_true", help="run nothing, write the tables of what there is")
     parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of README.md, which has the marks")
     options = parser.parse_args()
     grid = load_grid(options.grid)
     warm_ups, cells = list(grid.warm_ups()), list(grid.cells())
+    try:
+        selected = select(cells, options.only)
+    except ValueError as error:
+        parser.error(str(error))
     if not options.table_only:
-        run_missing(warm_ups, options.jobs)
-        run_missing(cells, options.jobs)
+        targets = {cell.target for cell in selected}
+        run_missing([warm_up for warm_up in warm_ups if warm_up.target in targets], options.jobs)
+        run_missing(selected, options.jobs)
     file = options.recipes / "results" / f"{grid.title}.json"
-    runs = collect([*warm_ups, *cells])
-    # A checkout has the results, but not the folders of the runs.
-    if runs:
-        file.parent.mkdir(exist_ok=True)
-        content = {"grid": str(options.grid), "runs": [vars(run) for run in runs]}
-        file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    keep(file, str(options.grid), [*warm_ups, *cells])
     runs = [Run(**run) for run in json.loads(file.read_text())["runs"]]
     tables = markdown_tables(runs, [WARM_UP, *grid.recipes], list(grid.targets), Presentation(**grid.presentation))
     print(tables)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from meta_trainer.tasks.ner.files import FILE_SUFFIXES
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 GRIDS = sorted(recipes_folder().glob("*/grids/*.yaml"))
+RESULTS = sorted((recipes_folder() / "results").glob("*.json"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -45,6 +47,7 @@ def grid(run_grid, tmp_path):
         seeds=[1, 2],
         only={"exact": ["gn"]},
         methods={"exact": {"meta_every": 2}},
+        presentation={"metric": "f1"},
     )
 
 
@@ -66,6 +69,58 @@ def runs(run_grid, grid):
     return run_grid.collect(cells)
 
 
+@pytest.fixture
+def with_warm_up(grid):
+    return replace(grid, warm_up={"recipe": "ner/joint_training.yaml", "max_steps": 9, "seed": 0})
+
+
+@pytest.fixture
+def command_line(run_grid, tmp_path, monkeypatch):
+    """Call the script on a grid, without running anything; returns the names of the cells that it would run."""
+    asked_for = []
+    monkeypatch.setattr(run_grid, "run_missing", lambda cells, jobs: asked_for.extend(cell.name for cell in cells))
+
+    def call(grid, *arguments):
+        asked_for.clear()
+        marks = [f"<!-- begin: {title} -->\n<!-- end: {title} -->\n" for title in (grid.title, "overview")]
+        (tmp_path / "README.md").write_text("".join(marks))
+        (tmp_path / "grid.yaml").write_text(yaml.safe_dump(vars(grid), sort_keys=False))
+        monkeypatch.setattr(
+            sys, "argv", ["run_grid.py", str(tmp_path / "grid.yaml"), "--recipes", str(tmp_path), *arguments]
+        )
+        run_grid.main()
+        return list(asked_for)
+
+    return call
+
+
+@pytest.fixture
+def own_recipe(grid, tmp_path):
+    """Give the method `joint` a recipe whose content the test chooses; returns the grid."""
+
+    def write(**content):
+        (tmp_path / "joint.yaml").write_text(yaml.safe_dump(content))
+        return replace(grid, recipes={**grid.recipes, "joint": str(tmp_path / "joint.yaml")})
+
+    return write
+
+
+def finish_all(grid, f1=0.5):
+    for cell in [*grid.warm_ups(), *grid.cells()]:
+        finish(cell, f1)
+
+
+def results(tmp_path):
+    return json.loads((tmp_path / "results" / "test.json").read_text())
+
+
+def names_and_scores(tmp_path):
+    return [
+        (f"{run['target']}/{run['method']}/seed_{run['seed']}", run["scores"]["f1"])
+        for run in results(tmp_path)["runs"]
+    ]
+
+
 def tables(grid_tables, grid, runs, **presentation):
     shown = grid_tables.Presentation(metric="f1", **presentation)
     return grid_tables.markdown_tables(runs, list(grid.recipes), list(grid.targets), shown)
@@ -76,6 +131,36 @@ def test_a_grid_has_one_cell_for_each_method_target_and_seed_that_it_names(grid)
     first = [("joint", "qu", 1), ("joint", "gn", 1), ("exact", "gn", 1)]
     assert cells == first + [(method, target, 2) for method, target, _ in first]
     assert len({cell.folder for cell in grid.cells()}) == len(cells)
+
+
+def test_every_target_has_one_warm_up_whose_folder_its_cells_start_from(run_grid, grid, with_warm_up):
+    assert list(grid.warm_ups()) == []
+    first, second = with_warm_up.warm_ups()
+    assert [(cell.method, cell.target, cell.seed) for cell in (first, second)] == [
+        (run_grid.WARM_UP, "qu", 0), (run_grid.WARM_UP, "gn", 0),
+    ]  # fmt: skip
+    assert (first.recipe, first.overrides["max_steps"], first.overrides["max_length"]) == (
+        "ner/joint_training.yaml", 9, 32,
+    )  # fmt: skip
+    assert first.settings["output_dir"] == str(first.folder)
+    folders = {"qu": str(first.folder), "gn": str(second.folder)}
+    assert len(set(folders.values())) == 2
+    assert all(cell.overrides["model_name_or_path"] == folders[cell.target] for cell in with_warm_up.cells())
+    assert all(cell.overrides["model_name_or_path"] == "$ENCODER" for cell in grid.cells())
+    assert {cell.folder for cell in with_warm_up.warm_ups()}.isdisjoint(cell.folder for cell in with_warm_up.cells())
+
+
+def test_the_commands_of_a_table_begin_with_the_warm_up_that_the_rows_start_from(with_warm_up, command_line, tmp_path):
+    finish_all(with_warm_up)
+    command_line(with_warm_up, "--table-only")
+    readme = (tmp_path / "README.md").read_text()
+    commands = readme.split("```bash\n")[1].split("\n```")[0].split("\n")
+    assert commands[::2] == ["# warm-up", "# joint", "# exact"]
+    assert (
+        f"--max_steps 9 --model_name_or_path $ENCODER --max_length 32 --seed 0 --output_dir {tmp_path}" in commands[1]
+    )
+    start = commands[1].split("--output_dir ")[1]
+    assert f"--model_name_or_path {start}" in commands[3]
 
 
 def test_settings_of_method_and_target_win_over_those_of_the_grid_and_of_the_recipe(grid, monkeypatch):
@@ -109,6 +194,14 @@ def test_the_table_has_means_deviations_and_differences_between_pairs(grid_table
     assert "| joint | 60.0 ± 14.1 | 30.0 ± 0.0 | 45.00 | 29.00 ± 0.00 | 10 | 5 |" in table
     assert "| exact |  | 50.0 ± 14.1 |  | 29.00 ± 0.00 | 10 | 5 |" in table
     assert "exact − joint: +20.00 ± 10.00 (standard error over 2 pairs of target and seed)." in table
+
+
+def test_the_devices_of_its_runs_stand_below_each_table(grid_tables, grid, runs):
+    other = [replace(run, environment={"device": "GPU"}) if run.method == "exact" else run for run in runs]
+    table = tables(grid_tables, grid, other, groups={"low": ["gn"], "high": ["qu"]}).split("<details>")[0]
+    low, high = table.split("**high**")
+    assert low.rstrip().split("\n")[-1] == "Device: CPU, GPU."
+    assert high.rstrip().split("\n")[-1] == "Device: CPU."
 
 
 def test_each_group_of_targets_has_a_table_of_its_own(grid_tables, grid, runs):
@@ -166,6 +259,133 @@ def test_a_text_goes_between_its_marks_and_nowhere_else(grid_tables, tmp_path):
     assert file.read_text() == "before\n<!-- begin: test -->\nnew\n<!-- end: test -->\nafter\n"
     with pytest.raises(ValueError, match="should hold the lines"):
         grid_tables.write_between_marks(file, "other", "new")
+
+
+def test_only_the_cells_that_an_expression_is_found_in_are_run(grid, command_line):
+    finish_all(grid)
+    assert len(command_line(grid)) == 6
+    assert command_line(grid, "--only", "gn/exact") == ["gn/exact/seed_1", "gn/exact/seed_2"]
+    assert command_line(grid, "--only", "^(qu|gn)/joint/seed_2$") == ["qu/joint/seed_2", "gn/joint/seed_2"]
+    assert command_line(grid, "--only", "gn/exact", "--table-only") == []
+
+
+def test_warm_ups_are_run_only_of_targets_that_have_a_cell_to_run(with_warm_up, command_line):
+    finish_all(with_warm_up)
+    assert command_line(with_warm_up)[:3] == ["qu/warm-up/seed_0", "gn/warm-up/seed_0", "qu/joint/seed_1"]
+    assert command_line(with_warm_up, "--only", "gn/.*1$") == [
+        "gn/warm-up/seed_0",
+        "gn/joint/seed_1",
+        "gn/exact/seed_1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "problem"),
+    [
+        ("qu/exact", r"got 'qu/exact', which is found in none of the 6 cells"),
+        ("(qu", r"got '\(qu', which is no regular expression: missing \)"),
+    ],
+)
+def test_an_expression_that_names_no_cell_is_refused_with_examples(
+    grid, run_grid, command_line, capsys, pattern, problem
+):
+    examples = "'qu/joint/seed_1', 'gn/joint/seed_1', 'gn/exact/seed_1'; "
+    with pytest.raises(ValueError, match=examples + problem):
+        run_grid.select(list(grid.cells()), pattern)
+    with pytest.raises(SystemExit, match="2"):
+        command_line(grid, "--only", pattern)
+    assert f"error: --only should be a regular expression that is found in such texts as {examples}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_tables_after_a_run_of_some_cells_are_of_all_that_there_is(grid, command_line, tmp_path):
+    finish_all(grid)
+    command_line(grid, "--only", "gn/exact")
+    assert "| joint | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.00 | 10 | 5 |" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("option", [[], ["--table-only"]])
+def test_runs_on_record_outlive_their_folders_and_are_replaced_by_new_ones(
+    with_warm_up, command_line, tmp_path, option
+):
+    finish_all(with_warm_up)
+    command_line(with_warm_up, *option)
+    before = names_and_scores(tmp_path)
+    shutil.rmtree(with_warm_up.output_dir)
+    command_line(with_warm_up, *option)
+    assert names_and_scores(tmp_path) == before
+    assert [name for name, _ in before] == [
+        "qu/warm-up/seed_0", "gn/warm-up/seed_0", "qu/joint/seed_1", "gn/joint/seed_1", "gn/exact/seed_1",
+        "qu/joint/seed_2", "gn/joint/seed_2", "gn/exact/seed_2",
+    ]  # fmt: skip
+
+    new = list(with_warm_up.cells())[2]
+    finish(new, 0.9)
+    command_line(with_warm_up, *option)
+    assert names_and_scores(tmp_path) == [(name, 0.9 if name == new.name else score) for name, score in before]
+
+
+def test_runs_on_record_are_run_again_where_their_folder_is_gone(grid, command_line, tmp_path):
+    finish_all(grid)
+    command_line(grid)
+    shutil.rmtree(grid.output_dir)
+    assert len(command_line(grid)) == len(names_and_scores(tmp_path)) == 6
+    assert all(cell.result is None for cell in grid.cells())
+
+
+def test_runs_of_a_recipe_that_has_changed_are_dropped(own_recipe, command_line, tmp_path):
+    finish_all(own_recipe(learning_rate=0.1, description="one", method="joint"))
+    command_line(own_recipe(learning_rate=0.1, description="one", method="joint"))
+    assert results(tmp_path)["recipes"][str(tmp_path / "joint.yaml")] == {"learning_rate": 0.1}
+    shutil.rmtree(tmp_path / "runs")
+
+    command_line(own_recipe(learning_rate=0.1, description="another", method="shown otherwise"))
+    assert len(names_and_scores(tmp_path)) == 6
+    command_line(own_recipe(learning_rate=0.2))
+    assert [name for name, _ in names_and_scores(tmp_path)] == ["gn/exact/seed_1", "gn/exact/seed_2"]
+    assert results(tmp_path)["recipes"].keys() == {"ner/metaxl_t1t2.yaml"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": {"exact": {"meta_every": 3}}},
+        {"recipes": {"joint": "ner/joint_training.yaml", "exact": "ner/metaxl_evograd.yaml"}},
+        {"recipes": {"joint": "ner/joint_training.yaml"}, "only": {}, "methods": {}},
+    ],
+    ids=["other overrides", "another recipe", "no cell"],
+)
+def test_runs_that_the_grid_would_make_in_another_way_are_dropped(grid, command_line, tmp_path, changes):
+    finish_all(grid)
+    command_line(grid)
+    shutil.rmtree(grid.output_dir)
+    command_line(replace(grid, **changes))
+    assert [name for name, _ in names_and_scores(tmp_path)] == [
+        "qu/joint/seed_1", "gn/joint/seed_1", "qu/joint/seed_2", "gn/joint/seed_2",
+    ]  # fmt: skip
+
+
+def test_a_record_without_the_content_of_its_recipes_keeps_no_run_beside_new_ones(grid, command_line, tmp_path):
+    finish_all(grid)
+    command_line(grid)
+    old = results(tmp_path)
+    del old["recipes"]
+    (tmp_path / "results" / "test.json").write_text(json.dumps(old))
+    shutil.rmtree(grid.output_dir)
+    command_line(grid)
+    # With nothing to write, the file stays as it is.
+    assert results(tmp_path) == old
+    finish(next(grid.cells()), 0.9)
+    command_line(grid)
+    assert names_and_scores(tmp_path) == [("qu/joint/seed_1", 0.9)]
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_the_results_of_the_grids_hold_the_content_of_each_recipe_that_their_runs_used(file):
+    content = json.loads(file.read_text())
+    assert list(content["recipes"]) == list(dict.fromkeys(run["recipe"] for run in content["runs"]))
+    assert all(not {"description", "method"} & recipe.keys() for recipe in content["recipes"].values())
 
 
 @pytest.mark.parametrize("file", GRIDS, ids=lambda file: f"{file.parent.parent.name}/{file.stem}")
