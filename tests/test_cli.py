@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from meta_trainer import MetaModule, MetaModuleList, MetaTrainer, RepresentationTransform
+from meta_trainer import MetaModule, MetaModuleList, MetaTrainer, MetaWeightNet, RepresentationTransform
 from meta_trainer.cli import main
 from meta_trainer.recipe import find_recipe
 
@@ -103,6 +103,45 @@ def test_the_recipes_with_a_weight_net_run_two_steps(recipe, tmp_path, name):
     assert kinds == ["RepresentationTransform", "MetaWeightNet"][2 - len(kinds) :]
     history = json.loads((tmp_path / "run" / "results.json").read_text())["results"][0]["history"]
     assert all(entry["meta/skipped"] == 0 for entry in history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    ("meta_module", "marks"),
+    [
+        (["meta_weight_net"], {"is_trusted"}),
+        (["representation_transform"], {"is_source"}),
+        (["representation_transform", "meta_weight_net"], {"is_source", "is_trusted"}),
+    ],
+    ids=["weights", "transform", "both"],
+)
+def test_train_batches_say_of_their_sentences_what_the_meta_modules_read(recipe, monkeypatch, meta_module, marks):
+    found, training_step = [], MetaTrainer.training_step
+
+    def recorded(self, model, inputs, *others):
+        found.append({name: inputs[name].tolist() for name in ("is_source", "is_trusted") if name in inputs})
+        return training_step(self, model, inputs, *others)
+
+    monkeypatch.setattr(MetaTrainer, "training_step", recorded)
+    assert main(["train", "--config", recipe(meta_module=meta_module, max_steps=2, save_strategy="no")]) == 0
+    of_source = {"is_source": [True] * 4 + [False] * 2, "is_trusted": [False] * 4 + [True] * 2}
+    assert found == [{name: of_source[name] for name in marks}] * 2
+
+
+def test_the_weight_net_weighs_source_sentences_and_trusts_those_of_the_target(recipe, monkeypatch):
+    found, example_weights = [], MetaWeightNet.example_weights
+
+    def recorded(self, losses, batch):
+        weights = example_weights(self, losses, batch)
+        found.append((weights.detach(), batch["is_trusted"][batch["example_of_loss"]]))
+        return weights
+
+    monkeypatch.setattr(MetaWeightNet, "example_weights", recorded)
+    assert main(["train", "--config", recipe(meta_module="meta_weight_net", max_steps=2, save_strategy="no")]) == 0
+    assert found
+    for weights, trusted in found:
+        assert trusted.any()
+        assert (weights[trusted] == 1).all()
+        assert (weights[~trusted] < 1).all()
 
 
 def test_a_run_that_gets_sigterm_saves_and_says_how_to_go_on(recipe, tmp_path, capfd, monkeypatch):

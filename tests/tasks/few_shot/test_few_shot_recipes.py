@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
 from meta_trainer import FeatureWiseTransform, MetaModule
 from meta_trainer.cli import main
 from meta_trainer.recipe import read_recipe, recipes_folder
+from meta_trainer.tasks.few_shot.build import make_relation_net
 from meta_trainer.tasks.few_shot.relation_net import RelationNet
 
 FOLDER = recipes_folder() / "few_shot"
@@ -80,6 +82,25 @@ def test_a_resumed_run_ends_in_the_same_bytes(small_recipe, tmp_path):
     assert results[0]["metrics"]["accuracy"] == results[1]["metrics"]["accuracy"]
 
 
+def test_a_second_run_starts_from_the_backbone_of_the_folder_that_the_first_one_left(small_recipe, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["train", "--config", small_recipe(FOLDER / "plain.yaml"), "--output_dir", str(first)]) == 0
+    # Nothing moves the weights of the second run, so that it ends with those that it started with.
+    settings = {"model_name_or_path": str(first), "learning_rate": 0.0, "n_way": 2, "k_shot": 2, "seed": 7}
+    file = small_recipe(FOLDER / "feature_wise_evograd.yaml", **settings)
+    assert main(["train", "--config", file, "--output_dir", str(second)]) == 0
+
+    ours, theirs = RelationNet.from_pretrained(second), RelationNet.from_pretrained(first)
+    assert (ours.config.n_way, theirs.config.n_way) == (2, 3)
+    started = dict(theirs.resnet.named_parameters())
+    assert all(torch.equal(weight, started[name]) for name, weight in ours.resnet.named_parameters())
+    fresh = make_relation_net(theirs.config, seed=1)
+    assert not torch.equal(next(theirs.resnet.parameters()), next(fresh.resnet.parameters()))
+    weights = [model.relation_module.of_class.weight for model in (ours, theirs, make_relation_net(ours.config, 7))]
+    assert torch.equal(weights[0], weights[2])
+    assert not torch.equal(weights[0], weights[1])
+
+
 def test_the_recipes_differ_only_in_what_is_transformed_and_learned():
     contents = {file.stem: yaml.safe_load(file.read_text()) for file in RECIPES}
     plain = contents.pop("plain")
@@ -112,12 +133,17 @@ def test_the_recipe_has_the_papers_settings():
         ({"meta_module": "representation_transform"}, "Choose among feature_wise_transform"),
         ({"fixed_transform": True}, "`fixed_transform` is for a baseline"),
         ({"train_sampling_strategy": "random"}, "train_sampling_strategy should be 'sequential', got 'random'"),
-        ({"model_name_or_path": "bert"}, "'bert': task='few_shot' trains its backbone from scratch"),
+        (
+            {"model_name_or_path": "bert"},
+            "model_name_or_path='bert': few-shot training starts from a model that an earlier run",
+        ),
         ({"num_queries": 9}, r"has 0 classes of at least 10 images \(k_shot \+ num_queries\)"),
         ({"feature_wise_layers": ["*.nothing"]}, r"'\*\.nothing' matches no submodule of RelationNet"),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_training(small_recipe, capsys, settings, message):
+def test_what_does_not_go_together_is_refused_before_training(small_recipe, capsys, monkeypatch, settings, message):
+    # Where there is no network, a name of the Hub would be asked for again and again.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(["train", "--config", small_recipe(FOLDER / "feature_wise_evograd.yaml", **settings)]) == 2
     shown = capsys.readouterr().err
     with pytest.raises(ValueError, match=message):

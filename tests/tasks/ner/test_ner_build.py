@@ -58,6 +58,25 @@ def test_joint_training_trains_on_all_target_sentences_and_marks_nothing(generat
     assert batch["input_ids"].shape[0] == 4 + 3
 
 
+@pytest.mark.parametrize("mark_source", [True, False])
+@pytest.mark.parametrize("mark_target", [True, False])
+def test_batches_for_a_meta_module_have_the_marks_that_are_asked_for(
+    generated, tiny_model, tmp_path, mark_source, mark_target
+):
+    task = build(generated(), tiny_model, mark_source=mark_source, mark_target=mark_target)
+    batch = next(iter(trainer(task, tmp_path).get_train_dataloader()))
+    marks = [name for name, asked in (("is_source", mark_source), ("is_trusted", mark_target)) if asked]
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "meta_batch", *marks}
+    if mark_target:
+        assert batch["is_trusted"].tolist() == [False] * 4 + [True] * 3
+
+
+def test_without_a_meta_module_no_row_is_marked(generated, tiny_model, tmp_path):
+    task = build(generated(), tiny_model, with_meta=False, mark_source=True, mark_target=True)
+    batch = next(iter(trainer(task, tmp_path).get_train_dataloader()))
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
 def test_trainer_trains_and_evaluates_the_target_validation_set_alone(generated, tiny_model, tmp_path):
     task = build(generated(), tiny_model, with_meta=False)
     run = trainer(task, tmp_path)

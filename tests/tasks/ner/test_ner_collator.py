@@ -41,6 +41,23 @@ def test_source_rows_come_first_and_are_marked():
     assert batch["is_source"].tolist() == [True] * 4 + [False] * 3
 
 
+@pytest.mark.parametrize("mark_source", [True, False])
+def test_target_rows_are_trusted_where_batches_are_to_say_so(mark_source):
+    marked = collator(mark_source=mark_source, mark_target=True)(source_features(0, 1, 2, 3))
+    plain = collator(mark_source=mark_source)(source_features(0, 1, 2, 3))
+    trusted = marked.pop("is_trusted")
+    assert trusted.dtype == torch.bool
+    assert trusted.tolist() == [first >= TARGET for first in first_ids(marked)] == [False] * 4 + [True] * 3
+    assert marked.keys() == plain.keys()
+    assert all(torch.equal(marked[key], plain[key]) for key in plain if key != "meta_batch")
+    assert set(marked["meta_batch"]) == {"input_ids", "attention_mask", "labels"}
+
+
+def test_evaluation_rows_are_never_trusted():
+    batch = collator(mark_target=True)(rows(SOURCE, 3).to_list())
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+
+
 def test_padding_is_outside_the_attention_and_the_loss():
     batch = collator()(source_features(0, 2))
     assert batch["attention_mask"][0].tolist() == [1, 0, 0]
