@@ -2,6 +2,7 @@
 
 from functools import partial
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -96,7 +97,10 @@ def _load(name: str, config: RelationNetConfig) -> RelationNet:
         found = RelationNetConfig.from_pretrained(name)
         if found.model_type != config.model_type:
             raise ValueError(f"it is a {found.model_type!r}, not a {config.model_type!r}")
-        model = RelationNet.from_pretrained(name, config=found)
+        loaded: Any = RelationNet.from_pretrained(name, config=found, output_loading_info=True)
+        model: RelationNet = loaded[0]
+        if missing := loaded[1]["missing_keys"]:
+            raise ValueError(f"it lacks {len(missing)} weights, {min(missing)} among them")
     except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         raise ValueError(
             f"model_name_or_path={name!r}: few-shot training starts from a model that an earlier run of "

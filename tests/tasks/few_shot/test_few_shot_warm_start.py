@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import BertConfig, BertModel
 
 from meta_trainer.tasks import ModelArguments
@@ -133,3 +134,11 @@ def test_what_starts_from_a_saved_model_can_be_saved_and_loaded_itself(saved, tm
     started = make_relation_net(config(), seed=1, warm_start=folder)
     started.save_pretrained(tmp_path / "next")
     assert_same(RelationNet.from_pretrained(tmp_path / "next"), started)
+
+
+def test_a_file_that_lacks_weights_is_refused_and_not_filled_with_new_ones(saved, tmp_path):
+    model, folder = saved()
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if "stages.2" not in name}
+    save_file(weights, tmp_path / "saved" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{REFUSED}: it lacks \d+ weights, resnet\.encoder\.stages\.2"):
+        make_relation_net(config(), seed=1, warm_start=folder)
