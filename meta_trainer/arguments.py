@@ -12,7 +12,7 @@ from meta_trainer.hypergrad import AUTO, DEFAULT_SIGMA, NOISE_NAMES, Layout, che
 from meta_trainer.hypergrad.checks import is_integer, is_not_negative, is_positive
 
 ESTIMATORS = ("evograd", "t1t2", "finite_difference")
-INNER_STEPS = ("sgd", "optimizer")
+INNER_STEPS = ("sgd", "optimizer", "normalized")
 MODEL_OPTIMIZERS = ("lomo", "adalomo", "galore", "apollo")
 SCHEDULES_OF_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 SCHEDULES_WITH_SETTINGS = ("warmup_stable_decay", "cosine_with_min_lr", "cosine_warmup_with_min_lr")
@@ -73,8 +73,10 @@ class MetaTrainingArguments(TrainingArguments):
     inner_step: str = field(
         default="sgd",
         metadata={
-            "help": "The step that the hypergradient looks through: 'sgd', plain gradient descent, or 'optimizer', the "
-            "base optimizer's own next step (SGD, Adam, AdamW)."
+            "help": "The step that the hypergradient looks through: 'sgd', plain gradient descent; 'optimizer', the "
+            "base optimizer's own next step (SGD, Adam, AdamW); or 'normalized', a step of given length, which does "
+            "not reward harder training, for one more pass of the train batch. The last one needs guided noise, finite "
+            "differences or T1-T2."
         },
     )
     share_candidates: bool = field(
@@ -123,8 +125,8 @@ class MetaTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "What to take out of the hypergradient, as a single inner step rewards it and training does not: "
-            "'ascent', what raises the training objective, the default with noise=guided; 'change', what raises or "
-            "lowers it; 'none', the default otherwise."
+            "'ascent', what raises the training objective, the default with noise=guided but for "
+            "inner_step=normalized; 'change', what raises or lowers it; 'none', the default otherwise."
         },
     )
     meta_trust_region: float = field(
@@ -163,9 +165,10 @@ class MetaTrainingArguments(TrainingArguments):
         guided = self.hypergradient == "evograd" and self.noise == "guided"
         if self.sigma is None and self.noise != "guided":
             self.sigma = DEFAULT_SIGMA
-        # Steps along precise hypergradients add up, also those that only a single inner step is better for.
+        # Steps along precise hypergradients add up, also those that only a single inner step is better for. One of
+        # given length has no such reward.
         if self.meta_guard is None:
-            self.meta_guard = "ascent" if guided else "none"
+            self.meta_guard = "ascent" if guided and self.inner_step != "normalized" else "none"
 
     def _check_names(self) -> None:
         for name, value, known in (
@@ -234,13 +237,23 @@ class MetaTrainingArguments(TrainingArguments):
                 f"inner_step='optimizer' needs noise='optimizer' or 'guided' with hypergradient='evograd', got "
                 f"{self.noise!r}."
             )
+        if self.hypergradient == "evograd" and self.inner_step == "normalized" and self.noise != "guided":
+            raise ValueError(
+                f"inner_step='normalized' needs noise='guided' with hypergradient='evograd', got {self.noise!r}."
+            )
+        if self.inner_step == "normalized" and self.temperature == AUTO:
+            raise ValueError(
+                "inner_step='normalized' looks along directions in which the training loss does not change to first "
+                "order, so that there is no spread of losses for temperature='auto' to follow. Give a number."
+            )
         if not isinstance(self.share_candidates, bool):
             raise ValueError(f"`share_candidates` should be True or False, got {self.share_candidates!r}.")
         if self.share_candidates and self.hypergradient == "t1t2":
             raise ValueError("`share_candidates` needs candidates, of which hypergradient='t1t2' has none.")
-        if self.follows_optimizer and (self.relative_sigma or self.guidance < 1):
+        if (self.follows_optimizer or self.inner_step == "normalized") and (self.relative_sigma or self.guidance < 1):
             raise ValueError(
-                "`relative_sigma` and `guidance` do not go with inner_step='optimizer', which has a scale of its own."
+                f"`relative_sigma` and `guidance` do not go with inner_step={self.inner_step!r}, which has a scale of "
+                "its own."
             )
 
     def _check_trainer_settings(self) -> None:

@@ -15,6 +15,7 @@ from meta_trainer.hypergrad import (
     GradientDescent,
     Hypergradient,
     InnerStep,
+    NormalizedDescent,
     OptimizerStep,
     evograd,
     finite_difference,
@@ -92,6 +93,8 @@ def _inner_step(
         if any(optimizer.state.get(t) for t in theta):
             # Trainer does not clip to a norm of zero or less.
             return OptimizerStep(optimizer, theta, max(args.max_grad_norm or 0.0, 0.0))
+    if args.inner_step == "normalized":
+        return NormalizedDescent(args.learning_rate)
     return GradientDescent(args.learning_rate) if args.scales_hypergradient else None
 
 

@@ -24,6 +24,7 @@ from meta_trainer.hypergrad.evograd import AUTO, DEFAULT_SIGMA, check_evograd_se
 from meta_trainer.hypergrad.finite_difference import finite_difference
 from meta_trainer.hypergrad.inner_step import GradientDescent, InnerStep, OptimizerStep
 from meta_trainer.hypergrad.noise import NOISE_NAMES, Layout, Noise
+from meta_trainer.hypergrad.normalized_descent import NormalizedDescent
 from meta_trainer.hypergrad.problem import BilevelProblem, Hypergradient, Loss, TrainLoss
 from meta_trainer.hypergrad.random_state import RandomState, preserved_random_state
 from meta_trainer.hypergrad.sharding import Sharding
@@ -41,6 +42,7 @@ __all__ = [
     "Layout",
     "Loss",
     "Noise",
+    "NormalizedDescent",
     "OptimizerStep",
     "RandomState",
     "Sharding",

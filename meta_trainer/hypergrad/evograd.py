@@ -108,7 +108,8 @@ def evograd(
         validation, guide = None, None
         if noise == "guided":
             validation = sandbox.look_ahead(shape.drift)
-            guide = shape.guide(validation.theta_grad, guidance)
+            reads_gradient = inner_step is not None and inner_step.reads_gradient
+            guide = shape.guide(validation.theta_grad, guidance, sandbox.train_gradient() if reads_gradient else None)
             length = validation.short_step(guide.slope) if sigma is None else sigma
         seed = seed if problem.sharding is None else seed_of_shard(seed, problem.sharding.index)
         scale, offset = shape.scale(), shape.offset()
@@ -241,6 +242,8 @@ def _check_inner_step(noise: Noise, relative_sigma: bool, guidance: float, inner
         raise ValueError("`inner_step` scales named noise; the tensors of a function stay as they are.")
     if inner_step is None or inner_step.is_uniform:
         return
+    if inner_step.reads_gradient and noise != "guided":
+        raise ValueError(f"An `inner_step` of given length needs noise='guided', got {noise!r}.")
     if relative_sigma or guidance < 1:
         raise ValueError("`relative_sigma` and `guidance` do not go with an `inner_step` that has rates of its own.")
     if noise in ("sign", "normal"):

@@ -50,7 +50,8 @@ def finite_difference(
     with Sandbox(problem) as sandbox:
         drift = step.drift()
         validation = sandbox.look_ahead(drift)
-        direction = step.precondition(validation.theta_grad)
+        gradients = sandbox.train_gradient() if step.reads_gradient else None
+        direction = step.precondition(validation.theta_grad, gradients)
         blocks = sandbox.blocks
         norm = sandbox.inner_product(direction, direction).sqrt()
         slope = sandbox.inner_product(validation.theta_grad, direction)

@@ -1,8 +1,9 @@
 r"""The inner step whose hypergradient is estimated: plain gradient descent, or the base optimizer's own next step.
 
-An inner step moves every parameter by itself, :math:`\theta'_i = \theta_i + u_i(\partial\ell_T/\partial\theta_i)`. Its
-hypergradient is :math:`-\partial_\lambda \langle \partial\ell_T/\partial\theta, D\,\partial\ell_V/\partial\theta
-\rangle` with the *rates* :math:`D_{ii} = -\partial u_i`: the learning rate for gradient descent, adapted ones for Adam.
+An inner step moves the parameters by what the training gradient says, :math:`\theta' = \theta +
+u(\partial\ell_T/\partial\theta)`. Its hypergradient is :math:`-\partial_\lambda \langle \partial\ell_T/\partial\theta,
+D\,\partial\ell_V/\partial\theta \rangle` with the *rates* :math:`D = -\partial u`. Here they are diagonal: the learning
+rate for gradient descent, adapted ones for Adam. A step of given length is in `normalized_descent`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class InnerStep(Protocol):
     @property
     def is_uniform(self) -> bool:
         """Whether all rates are equal and known."""
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether :meth:`precondition` needs the training gradient, which takes a pass of its own."""
 
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The update u for `gradients` of the training loss."""
@@ -69,6 +74,11 @@ class GradientDescent:
     def is_uniform(self) -> bool:
         """They are."""
         return True
+
+    @property
+    def reads_gradient(self) -> bool:
+        """They are known beforehand."""
+        return False
 
     def displacement(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """Minus the gradients, times the learning rate."""
@@ -133,6 +143,11 @@ class OptimizerStep:
     @property
     def is_uniform(self) -> bool:
         """They may differ."""
+        return False
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Expected rates do without."""
         return False
 
     @staticmethod

@@ -217,6 +217,24 @@ class Sandbox:
         grads = self.gradient(loss, (*theta, *self.problem.meta_params))
         return Validation(loss.detach(), grads[: len(theta)], grads[len(theta) :])
 
+    def train_gradient(self) -> list[Tensor]:
+        """Gradient of the training loss by theta at the present parameters, an average over the replicas.
+
+        Raises:
+            ValueError: If theta is sharded.
+        """
+        problem = self.problem
+        if problem.sharding is not None:
+            raise ValueError("The training gradient is that of whole parameters, but `sharding` spreads them.")
+        self.differentiate_theta(True)
+        total = TermSum()
+        for term in self.train_terms():
+            parts = self.train_loss(term)
+            total.add(parts, [self.gradient(parts[0], problem.theta)])
+        _, *denominator = problem.mean(torch.stack(total.values))  # [1], or [2] with a denominator
+        grads = [problem.mean(part) for part in total.grads[0] if part is not None]
+        return [grad / denominator[0].to(grad) for grad in grads] if denominator else grads
+
     def evaluate_candidates(self, displacements: Sequence[Iterable[Tensor]]) -> tuple[Tensor, list[Derivatives]]:
         """Training loss at every displacement and its derivatives by :attr:`meta_inputs`.
 

@@ -51,8 +51,14 @@ class Shape:
         drift, blocks = self.drift, self._sandbox.blocks
         return None if drift is None else lambda: blocks.flatten(drift)
 
-    def guide(self, gradient: Sequence[Tensor], share: float) -> Guide:
-        r"""The direction :math:`D g / \sqrt{g^T D g}`."""
+    def guide(self, gradient: Sequence[Tensor], share: float, train_gradient: Sequence[Tensor] | None) -> Guide:
+        r"""The direction :math:`D g / \sqrt{g^T D g}`.
+
+        Args:
+            gradient: g, the validation gradient.
+            share: Of the variance along it.
+            train_gradient: For an inner step that reads it.
+        """
         inner_product, blocks = self._sandbox.inner_product, self._sandbox.blocks
         direction: Sequence[Tensor] = gradient
         if self._inner_step is not None and self._inner_step.is_uniform:
@@ -60,7 +66,7 @@ class Shape:
             rate = torch.as_tensor(self._inner_step.typical_rate(), dtype=dtype, device=gradient[0].device)
             self.rate = _ratio(rate, self._mean_variance.to(rate))
         elif self._inner_step is not None:
-            direction = self._inner_step.precondition(gradient)
+            direction = self._inner_step.precondition(gradient, train_gradient)
             squares = inner_product(gradient, gradient)
             rate = _ratio(inner_product(gradient, direction), squares)
             direction = [_ratio(part, rate) for part in direction]

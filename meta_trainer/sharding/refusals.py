@@ -107,6 +107,10 @@ def _of_shards(args: MetaTrainingArguments, meta_module: MetaModule) -> Iterator
         "'finite_difference'.",
     )
     yield (
+        args.inner_step == "normalized",
+        "inner_step='normalized', which reads the gradient of whole parameters. Choose 'sgd' or 'optimizer'.",
+    )
+    yield (
         args.share_candidates,
         "`share_candidates`, as all processes evaluate every candidate together. Leave it out.",
     )

@@ -63,6 +63,11 @@ REFUSED = [
     (trainer_under(fsdp=fsdp(), replicas=2), {}, "under FSDP with replicated shards"),
     (trainer_under(fsdp=fsdp()), {"hypergradient": "t1t2"}, "under FSDP with hypergradient='t1t2'"),
     (trainer_under(fsdp=fsdp()), {"noise": "optimizer"}, "under FSDP with inner_step='optimizer' or noise="),
+    (
+        trainer_under(fsdp=fsdp()),
+        {"inner_step": "normalized", "noise": "guided"},
+        "under FSDP with inner_step='normalized', which reads the gradient of whole parameters",
+    ),
     (trainer_under(fsdp=fsdp()), {"share_candidates": True}, "under FSDP with `share_candidates`"),
     (trainer_under(deepspeed=zero(3)), {"hypergradient": "t1t2"}, "under DeepSpeed ZeRO-3 with hypergradient='t1t2'"),
     (trainer_under(fsdp=fsdp()), {"torch_compile": True}, "under FSDP with `torch_compile`"),

@@ -6,7 +6,17 @@ import yaml
 from meta_trainer.recipe import recipes_folder
 
 NETS = {"meta_weight_net_evograd", "meta_weight_net_t1t2", "meta_weight_net_best"}
-OWN = {"description", "method", "hypergradient", "num_candidates", "sigma", "temperature", "noise", "meta_guard"}
+OWN = {
+    "description",
+    "method",
+    "hypergradient",
+    "num_candidates",
+    "sigma",
+    "temperature",
+    "noise",
+    "meta_guard",
+    "inner_step",
+}
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,13 @@ def test_two_processes_share_forward_passes_with_the_same_result(tmp_path):
 GUIDED = {"noise": "guided", "inner_step": "optimizer", "meta_guard": "change", "meta_trust_region": 1e-3}
 
 
+NORMALIZED = {"noise": "guided", "inner_step": "normalized"}
+
+
 @pytest.mark.parametrize(
-    "settings", [{}, {"hypergradient": "finite_difference"}, GUIDED], ids=["evograd", "fd", "guided"]
+    "settings",
+    [{}, {"hypergradient": "finite_difference"}, GUIDED, NORMALIZED],
+    ids=["evograd", "fd", "guided", "normalized"],
 )
 def test_two_processes_learn_one_meta_module_from_disjoint_meta_batches(tmp_path, settings):
     first, second = train_in_two_processes(tmp_path, **settings)

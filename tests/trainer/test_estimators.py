@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from meta_trainer import MetaModule, MetaWeightNet, RepresentationTransform
-from meta_trainer.hypergrad import OptimizerStep, t1t2
+from meta_trainer.hypergrad import NormalizedDescent, OptimizerStep, t1t2
 
 
 def flat(grads):
@@ -80,6 +80,43 @@ def test_directed_estimators_follow_the_live_optimizer(tmp_path, name, optim):
         assert min(cosines) > 0.999
     # Beforehand it is not known how Adam's denominator is going to change, which counts for much in its first steps.
     assert sum(cosines[20:]) / 10 > 0.95
+
+
+class Normalized(Recorder):
+    """Estimates every hypergradient a second time, exactly, through a step of given length."""
+
+    exact: tuple = ()
+
+    def _estimate(self, problem):
+        self.exact = (*self.exact, t1t2(problem, inner_step=NormalizedDescent(self.args.learning_rate)))
+        return super()._estimate(problem)
+
+
+@pytest.mark.parametrize("perturb", ["all", ["head.*"]])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize(
+    "estimator", [{"noise": "guided"}, {"hypergradient": "finite_difference"}, {"hypergradient": "t1t2"}]
+)
+def test_an_inner_step_of_given_length_is_that_of_the_whole_optimizer_step(tmp_path, perturb, micro_batches, estimator):
+    trainer = meta_trainer(
+        tmp_path,
+        MetaWeightNet(4),
+        PointClassifier(),
+        kind=Normalized,
+        inner_step="normalized",
+        perturb=perturb,
+        gradient_accumulation_steps=micro_batches,
+        learning_rate=1e-3,
+        max_steps=6,
+        **estimator,
+    )
+    assert trainer.args.meta_guard == "none"
+    trainer.train()
+    for found, exact in zip(trainer.results, trainer.exact, strict=True):
+        product, norms = flat(found.grads) @ flat(exact.grads), [float(flat(r.grads).norm()) for r in (found, exact)]
+        assert product / norms[0] / norms[1] > 0.98
+        # Of several normalizers, a difference quotient also sees the weights of the losses that it moves.
+        assert micro_batches > 1 or norms[0] == pytest.approx(norms[1], rel=0.01)
 
 
 def test_guided_noise_is_the_finite_difference_in_the_scale_of_the_inner_step(tmp_path):
@@ -216,6 +253,16 @@ def test_a_trust_region_limits_what_an_update_does_to_the_training_objective(tmp
 def test_settings_that_do_not_go_together_are_refused(tmp_path):
     for settings, message in (
         ({"inner_step": "optimizer"}, "needs noise='optimizer' or 'guided' with hypergradient='evograd', got 'sign'"),
+        ({"inner_step": "normalized"}, "inner_step='normalized' needs noise='guided' .*, got 'sign'"),
+        (
+            {"inner_step": "normalized", "noise": "guided", "temperature": "auto"},
+            "no spread of losses for temperature='auto' to follow",
+        ),
+        ({"inner_step": "normalized", "noise": "optimizer"}, "inner_step='normalized' needs noise='guided'"),
+        (
+            {"inner_step": "normalized", "noise": "guided", "relative_sigma": True},
+            "do not go with inner_step='normalized'",
+        ),
         ({"noise": "optimizer", "relative_sigma": True}, "`relative_sigma` .*noise='optimizer' has a scale of its own"),
         ({"noise": "guided", "learning_rate": 0}, "`learning_rate` should be a positive number .*noise='guided'"),
         ({"temperature": "cold"}, "`temperature` should be a positive number or 'auto', got 'cold'"),
