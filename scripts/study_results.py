@@ -36,6 +36,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "EvoGrad, K=8, antithetic, orthogonal": {**PAPER, **EIGHT},
     "guided": GUIDED,
     "guided, optimizer's step": {**GUIDED, "inner_step": "optimizer"},
+    "guided, step of given length": {**GUIDED, "inner_step": "normalized"},
     "guided, guard": {**GUIDED, "meta_guard": "ascent"},
     "guided, guard, trust region": {**GUIDED, "meta_guard": "change", "meta_trust_region": 2e-3},
     "T1-T2": {"hypergradient": "t1t2"},
@@ -76,6 +77,12 @@ QUESTIONS = {
     "max_train_examples": 3000,
     "num_train_epochs": 4,
     "learning_rate": 5e-4,
+    # The estimators on their own: without what the recipe does for a good model.
+    "balance_meta_set": True,
+    "train_on_meta": False,
+    "weight_net_reads_label": False,
+    "meta_delay_steps": 0,
+    "meta_trust_region": 0.0,
 }
 TREC: dict[str, Any] = {
     "data": None,
@@ -186,7 +193,7 @@ def draw(scores: Scores, file: Path) -> None:
 
 def _draw_panel(axes: Axes, scores: Scores, recipe: str) -> None:
     axes.axhline(0, color="grey", linestyle="--", label=PLAIN)
-    for number, (method, colour, marker) in enumerate(zip(ESTIMATORS, COLOURS, "osD^vPX", strict=False)):
+    for number, (method, colour, marker) in enumerate(zip(ESTIMATORS, (*COLOURS, "grey"), "osD^*vPX", strict=True)):
         points = [(rate, values) for rate in sorted(RATES) if (values := differences(scores, recipe, method, rate))]
         # Side by side, so that error bars can be told apart.
         rates = [rate * 1.07 ** (number - 3) for rate, _ in points]
