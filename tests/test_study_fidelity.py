@@ -153,9 +153,10 @@ def test_candidates_share_dropout_masks_unless_told_otherwise(subject):
 @pytest.mark.parametrize("kind", [fidelity_problems.NETWORK, fidelity_problems.TRANSFORM])
 def test_the_meta_module_reads_the_same_for_every_candidate_unless_told_otherwise(kind):
     subject = fidelity_problems.Subject(replace(TINY, training_steps=1), kind, seed=0)
-    network = subject.meta_module.networks[0] if kind == fidelity_problems.TRANSFORM else subject.meta_module.network
+    module = subject.meta_module
+    reader = module.networks[0] if kind == fidelity_problems.TRANSFORM else module.network[0]
     read = []
-    network.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
+    reader.register_forward_pre_hook(lambda module, inputs: read.append(inputs[0].clone()))
     batches = subject.draw()
     for variant in (fidelity_problems.AS_TRAINED, fidelity_settings.OWN_INPUTS):
         problem = subject.problem(batches, variant=variant)

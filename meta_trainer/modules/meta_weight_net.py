@@ -88,14 +88,11 @@ class MetaWeightNet(MetaModule):
                 f"{'no classes' if classes is None else 'classes'} of the losses, and num_classes={self.num_classes}."
             )
         inputs = losses.detach().to(next(self.parameters()).dtype)
-        first, *rest = self.network
-        hidden = first(inputs.unsqueeze(1))  # [N, H]
+        hidden = self.network[0](inputs.unsqueeze(1))  # [N, H]
         if self.class_shifts is not None and classes is not None:
             hidden = hidden + self.class_shifts[classes]
-        for layer in rest:
-            hidden = layer(hidden)
-        weights: Tensor = hidden.squeeze(1).to(losses.dtype)
-        return weights
+        weights: Tensor = self.network[1:](hidden)  # [N, 1]
+        return weights.squeeze(1).to(losses.dtype)
 
     @property
     def num_classes(self) -> int | None:
