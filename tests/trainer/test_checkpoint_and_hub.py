@@ -19,7 +19,7 @@ def test_save_model_writes_the_meta_module_beside_the_model(tmp_path):
     trainer.save_model()
     assert files(tmp_path) >= META_FILES
     config = json.loads((tmp_path / "meta_module/config.json").read_text())
-    assert config == {"meta_module": "MetaWeightNet", "hidden_size": 4, "loss_input": "shared"}
+    assert config == {"meta_module": "MetaWeightNet", "hidden_size": 4, "loss_input": "shared", "num_classes": None}
     loaded = MetaWeightNet.from_pretrained(tmp_path / "meta_module")
     assert same(snapshot(loaded), snapshot(trainer.meta_module))
     assert loaded.to_config() == trainer.meta_module.to_config()
