@@ -114,9 +114,8 @@ class StepMeter(TrainerCallback):
     ) -> None:
         """Forget an earlier training, and choose the step whose memory is taken."""
         self._reset()
-        # Adam makes its state in the first step that it takes, of the model or of the meta module.
-        self._memory_step = WARM_UP_STEPS + 1
         if isinstance(args, MetaTrainingArguments):
+            # Adam makes its state in the first step that it takes, of the model or of the meta module.
             to_first = max(0, first_meta_step(args, state.max_steps) - state.global_step)
             self._memory_step = to_first + WARM_UP_STEPS * args.meta_every + 1
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meta_trainer.hypergrad.checks import is_positive
 from meta_trainer.hypergrad.flat_blocks import inner_product
+from meta_trainer.hypergrad.inner_step import GradientDescent
 
 
 @dataclass(frozen=True)
-class NormalizedDescent:
+class NormalizedDescent(GradientDescent):
     r"""A step along the training gradient :math:`g_T`, of the length :math:`\eta` whatever the gradient's.
 
     .. math:: u = -\eta\,\frac{g_T}{\|g_T\|},\qquad
@@ -31,13 +31,6 @@ class NormalizedDescent:
         ValueError: If `lr` is not positive and finite.
     """
 
-    lr: float
-
-    def __post_init__(self) -> None:
-        """Check the length."""
-        if not is_positive(self.lr):
-            raise ValueError(f"`lr` should be a positive, finite number, got {self.lr!r}.")
-
     @property
     def is_uniform(self) -> bool:
         """The rate along the gradient is zero."""
@@ -53,9 +46,6 @@ class NormalizedDescent:
         rate = self._rate(gradients)
         return [gradient * -rate for gradient in gradients]
 
-    def drift(self) -> None:
-        """There is none."""
-
     def precondition(self, vector: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The part of the vector across the training gradients, times the rate; these are needed."""
         if gradients is None:
@@ -65,14 +55,6 @@ class NormalizedDescent:
         share = torch.where(square > 0, along / square, torch.zeros_like(square))
         rate = self._rate(gradients)
         return [(part - share * gradient) * rate for part, gradient in zip(vector, gradients, strict=True)]
-
-    def noise_variances(self) -> list[Tensor]:
-        """Not asked for: without a gradient there is nothing to expect."""
-        return []
-
-    def typical_rate(self) -> float:
-        """The length, as if the gradient's were one."""
-        return self.lr
 
     def _rate(self, gradients: Sequence[Tensor]) -> Tensor:
         norm = inner_product(gradients, gradients).sqrt()

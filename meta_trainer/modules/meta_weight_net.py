@@ -127,12 +127,9 @@ class MetaWeightNet(MetaModule):
     def summary(self) -> dict[str, Tensor]:
         """The weight at a few losses, in the mean over the classes."""
         device = next(self.parameters()).device
-        summary = {}
-        for loss in SUMMARY_LOSSES:
-            classes = None if self.num_classes is None else torch.arange(self.num_classes, device=device)
-            losses = torch.full((self.num_classes or 1,), loss, device=device)
-            summary[f"{WEIGHT_AT_LOSS}{loss:g}"] = self(losses, classes).mean()
-        return summary
+        classes = None if self.num_classes is None else torch.arange(self.num_classes, device=device)
+        losses = torch.ones(self.num_classes or 1, device=device)
+        return {f"{WEIGHT_AT_LOSS}{loss:g}": self(loss * losses, classes).mean() for loss in SUMMARY_LOSSES}
 
     def _classes(self, losses: Tensor, batch: Batch) -> Tensor:
         """Class of each label, ``[N]``."""
