@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meta_trainer.modules.meta_module import EXAMPLE_OF_LOSS, Batch, MetaModule
+from meta_trainer.modules.meta_module import Batch, MetaModule
+from meta_trainer.modules.per_loss import per_loss
 from meta_trainer.modules.weighted_mean import weighted_mean
 
 DOMAIN_COLUMN = "domain"
@@ -74,15 +75,7 @@ class DomainWeights(MetaModule):
     def example_weights(self, losses: Tensor, batch: Batch) -> Tensor:
         """Weight of the domain that each of the losses belongs to, ``[N]``."""
         domain = self._numbers(batch)
-        examples = batch.get(EXAMPLE_OF_LOSS)
-        if examples is not None:
-            domain = domain[examples]
-        if domain.shape != losses.shape:
-            raise ValueError(
-                f"DomainWeights expects one loss per example, or for each loss the number of its example as "
-                f"`{EXAMPLE_OF_LOSS}`, got {len(losses)} losses for {len(domain)} examples. A `per_example_loss` of "
-                "your own should give one per example."
-            )
+        domain = per_loss(domain, losses, batch, "DomainWeights", f"{len(domain)} examples")
         return self(domain).to(losses.dtype)
 
     def _numbers(self, batch: Batch) -> Tensor:

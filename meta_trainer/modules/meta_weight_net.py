@@ -8,14 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from meta_trainer.modules.checks import check_size
-from meta_trainer.modules.meta_module import (
-    EXAMPLE_OF_LOSS,
-    IS_TRUSTED,
-    LABEL_OF_LOSS,
-    REFERENCE_LOSSES,
-    Batch,
-    MetaModule,
-)
+from meta_trainer.modules.meta_module import IS_TRUSTED, LABEL_OF_LOSS, REFERENCE_LOSSES, Batch, MetaModule
+from meta_trainer.modules.per_loss import per_loss
 from meta_trainer.modules.weighted_mean import weighted_mean
 
 LOSS_INPUTS = ("shared", "unperturbed", "candidate")
@@ -144,12 +138,5 @@ class MetaWeightNet(MetaModule):
 
     def _is_trusted(self, losses: Tensor, batch: Batch) -> Tensor:
         """Whether each loss is one of a trusted example, ``[N]``."""
-        trusted, examples = batch[IS_TRUSTED].bool(), batch.get(EXAMPLE_OF_LOSS)
-        if examples is not None:
-            trusted = trusted[examples]
-        if trusted.shape != losses.shape:
-            raise ValueError(
-                f"MetaWeightNet expects one loss per example, or for each loss the number of its example as "
-                f"`{EXAMPLE_OF_LOSS}`, got {len(losses)} losses for `{IS_TRUSTED}` of shape {list(trusted.shape)}."
-            )
-        return trusted
+        trusted = batch[IS_TRUSTED].bool()
+        return per_loss(trusted, losses, batch, "MetaWeightNet", f"`{IS_TRUSTED}` of shape {list(trusted.shape)}")
