@@ -25,7 +25,7 @@ def build_few_shot_task(
 
     Args:
         arguments: Domains, episodes and model.
-        model: For ``model_name_or_path``, a model of this task whose backbone training starts from.
+        model: For ``model_name_or_path``, a model of this task that training starts from.
         seed: Seed of the weights and of the episodes.
         with_meta: Whether a meta module is trained. If not, train batches hold no meta batch, and are the same.
         sampling: In which order Trainer takes the training rows.
@@ -76,18 +76,21 @@ def make_relation_net(config: RelationNetConfig, seed: int, warm_start: str | No
     Args:
         config: Its sizes.
         seed: Of the new weights.
-        warm_start: Folder or Hub name of a :class:`RelationNet` whose backbone is taken over, whatever episodes it was
-            trained on; the relation module and the auxiliary classifier start anew. None: all weights are new.
+        warm_start: Folder or Hub name of a :class:`RelationNet` whose backbone and relation module are taken over,
+            whatever episodes it was trained on. The auxiliary classifier starts anew: its classes are those of one
+            run's training domains. None: all weights are new.
 
     Raises:
-        ValueError: If there is no such model, or it has another backbone.
+        ValueError: If there is no such model, or it has other sizes.
     """
     # Named devices: with several of them, fork_rng would warn that it saves them all.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = RelationNet(config)
         if warm_start is not None:
-            model.resnet.load_state_dict(_load(warm_start, config).resnet.state_dict())
+            found = _load(warm_start, config)
+            model.resnet.load_state_dict(found.resnet.state_dict())
+            model.relation_module.load_state_dict(found.relation_module.state_dict())
     return model
 
 
@@ -106,7 +109,7 @@ def _load(name: str, config: RelationNetConfig) -> RelationNet:
             f"model_name_or_path={name!r}: few-shot training starts from a model that an earlier run of "
             f"task='few_shot' has saved, or from none: {error}"
         ) from error
-    for size in ("backbone", "backbone_width", "stem"):
+    for size in ("backbone", "backbone_width", "stem", "image_size"):
         if getattr(found, size) != getattr(config, size):
             raise ValueError(
                 f"model_name_or_path={name!r} has {size}={getattr(found, size)!r}, but this run has "
