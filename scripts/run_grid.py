@@ -274,6 +274,8 @@ def main() -> None:
         run_missing(selected, options.jobs)
     file = options.recipes / "results" / f"{grid.title}.json"
     keep(file, str(options.grid), [*warm_ups, *cells])
+    if not file.is_file():
+        parser.error(f"no run of {options.grid} has ended, so there is no table: run it without --table-only.")
     runs = [Run(**run) for run in json.loads(file.read_text())["runs"]]
     tables = markdown_tables(runs, [WARM_UP, *grid.recipes], list(grid.targets), Presentation(**grid.presentation))
     print(tables)

@@ -299,6 +299,13 @@ def test_an_expression_that_names_no_cell_is_refused_with_examples(
     )
 
 
+@pytest.mark.parametrize("option", [[], ["--table-only"]])
+def test_a_grid_of_which_no_run_has_ended_has_no_table(grid, command_line, capsys, option):
+    with pytest.raises(SystemExit, match="2"):
+        command_line(grid, *option)
+    assert "has ended, so there is no table: run it without --table-only." in capsys.readouterr().err
+
+
 def test_tables_after_a_run_of_some_cells_are_of_all_that_there_is(grid, command_line, tmp_path):
     finish_all(grid)
     command_line(grid, "--only", "gn/exact")
