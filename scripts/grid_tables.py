@@ -47,7 +47,8 @@ class Presentation:
     Attributes:
         metric: The score that is compared, in percent of 1 and higher for better.
         groups: Targets that go into one table and are averaged, by its heading; all targets by default.
-        baselines: Methods that all others are compared with, pair by pair; by default the first.
+        baselines: Methods that all others, and the baselines after them, are compared with, pair by pair; by default the
+            first.
         columns: More columns, by their heading: a metric, or a value that the meta module logs.
         percent: Whether the metric is a fraction that is shown in percent.
         paper: For the overview: `row` (what the paper calls it), `module`, `group` (a heading of `groups` or a target;
@@ -117,14 +118,14 @@ def _differences(runs: Sequence[Run], methods: Sequence[str], presentation: Pres
     scores = {(r.method, r.target, r.seed): _scores([r], r.target, presentation) for r in runs}
     baselines = presentation.baselines or list(methods[:1])
     lines = []
-    for baseline in baselines:
+    for place, baseline in enumerate(baselines):
         for method in methods:
             pairs = [
                 (value[0], reference[0])
                 for (name, target, seed), value in scores.items()
                 if name == method and value and (reference := scores.get((baseline, target, seed)))
             ]
-            if method in baselines or len(pairs) < 2:
+            if method in baselines[: place + 1] or len(pairs) < 2:
                 continue
             differences = [value - reference for value, reference in pairs]
             error = statistics.stdev(differences) / len(differences) ** 0.5

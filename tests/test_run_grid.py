@@ -196,6 +196,12 @@ def test_the_table_has_means_deviations_and_differences_between_pairs(grid_table
     assert "exact − joint: +20.00 ± 10.00 (standard error over 2 pairs of target and seed)." in table
 
 
+def test_a_baseline_is_compared_with_those_before_it(grid_tables, grid, runs):
+    table = tables(grid_tables, grid, runs, baselines=["joint", "exact"])
+    assert "exact − joint: +20.00 ± 10.00" in table
+    assert "joint − exact" not in table
+
+
 def test_the_devices_of_its_runs_stand_below_each_table(grid_tables, grid, runs):
     other = [replace(run, environment={"device": "GPU"}) if run.method == "exact" else run for run in runs]
     table = tables(grid_tables, grid, other, groups={"low": ["gn"], "high": ["qu"]}).split("<details>")[0]
