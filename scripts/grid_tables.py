@@ -47,12 +47,14 @@ class Presentation:
     Attributes:
         metric: The score that is compared, in percent of 1 and higher for better.
         groups: Targets that go into one table and are averaged, by its heading; all targets by default.
-        baselines: Methods that all others, and the baselines after them, are compared with, pair by pair; by default the
-            first.
+        baselines: Methods that all others, and the baselines after them, are compared with, pair by pair; the first
+            method by default.
         columns: More columns, by their heading: a metric, or a value that the meta module logs.
         percent: Whether the metric is a fraction that is shown in percent.
         paper: For the overview: `row` (what the paper calls it), `module`, `group` (a heading of `groups` or a target;
             all targets by default), `numbers` (the paper's) and `remark` (where it falls short; none by default).
+        front_page: For the page that the project is entered by: `application`, in words, and `learned`, the method that
+            is shown. Group and module are those of `paper`.
     """
 
     metric: str = "accuracy"
@@ -61,6 +63,7 @@ class Presentation:
     columns: dict[str, str] = field(default_factory=dict)
     percent: bool = True
     paper: dict[str, str] = field(default_factory=dict)
+    front_page: dict[str, str] = field(default_factory=dict)
 
 
 def markdown_tables(
@@ -167,29 +170,61 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def overview(entries: Sequence[tuple[Presentation, Sequence[str], Sequence[Run]]]) -> str:
-    """Name in the paper, meta module, recipes, our result, a remark and the paper's result; a row for each entry.
+Entry = tuple[Presentation, Sequence[str], Sequence[Run]]
+"""Presentation, methods in order, and runs of a grid."""
 
-    Args:
-        entries: Presentation, methods in order, and runs of a grid.
-    """
+
+def overview(entries: Sequence[Entry]) -> str:
+    """Name in the paper, meta module, recipes, our result, a remark and the paper's result; a row for each entry."""
     lines = ["| paper | meta module | recipes | result here | remark | paper's result |", "|---|---|---|---|---|---|"]
     for presentation, methods, runs in entries:
         paper = presentation.paper
         if not paper:
             continue
-        have_run = list(dict.fromkeys(run.target for run in runs))
-        group = paper.get("group")
-        targets = [t for t in presentation.groups.get(group, [group]) if t in have_run] if group else have_run
-        results = []
-        for method in methods:
-            values = [_scores([r for r in runs if r.method == method], target, presentation) for target in targets]
-            if values and all(values):
-                results.append(f"{method} {statistics.mean(map(statistics.mean, values)):.1f}")
-        folder = runs[0].recipe.split("/")[0]
-        ours = [paper["row"], f"`{paper['module']}`", f"[`{folder}`]({folder})", "; ".join(results)]
+        results = [f"{method} {mean:.1f}" for method, mean in _means(presentation, methods, runs).items()]
+        ours = [paper["row"], f"`{paper['module']}`", _folder(runs), "; ".join(results)]
         lines.append(f"| {' | '.join([*ours, paper.get('remark', ''), paper['numbers']])} |")
     return "\n".join(lines)
+
+
+def front_page(entries: Sequence[Entry]) -> str:
+    """Plain training, the better of the further baselines, and what a meta module reached, the highest in bold.
+
+    A row for each entry that has something to say on the front page, if it and plain training have been run.
+    """
+    lines = ["| application | plain training | best other baseline | learned | by |", "|---|---|---|---|---|"]
+    for presentation, methods, runs in entries:
+        learned, means = presentation.front_page.get("learned"), _means(presentation, methods, runs)
+        plain, *others = presentation.baselines or methods[:1]
+        if learned not in means or plain not in means:
+            continue
+        known = [name for name in others if name in means]
+        shown = [plain, max(known, key=means.__getitem__, default=None), learned]
+        highest = max(means[name] for name in shown if name)
+        values = ["" if name is None else f"{means[name]:.1f}" for name in shown]
+        values = [f"**{value}**" if value == f"{highest:.1f}" else value for value in values]
+        values[1] += f" {shown[1]}" if shown[1] else ""
+        by = f"`{presentation.paper['module']}`, {_folder(runs, 'recipes/')}"
+        lines.append(f"| {' | '.join([presentation.front_page['application'], *values, by])} |")
+    return "\n".join(lines)
+
+
+def _means(presentation: Presentation, methods: Sequence[str], runs: Sequence[Run]) -> dict[str, float]:
+    """Of every method that ran on all targets of the paper's group: the mean over them, seeds averaged before."""
+    have_run = list(dict.fromkeys(run.target for run in runs))
+    group = presentation.paper.get("group")
+    targets = [t for t in presentation.groups.get(group, [group]) if t in have_run] if group else have_run
+    means = {}
+    for method in methods:
+        values = [_scores([r for r in runs if r.method == method], target, presentation) for target in targets]
+        if values and all(values):
+            means[method] = statistics.mean(map(statistics.mean, values))
+    return means
+
+
+def _folder(runs: Sequence[Run], prefix: str = "") -> str:
+    folder = runs[0].recipe.split("/")[0]
+    return f"[`{folder}`]({prefix}{folder})"
 
 
 def write_between_marks(file: Path, title: str, text: str) -> None:

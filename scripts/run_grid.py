@@ -24,14 +24,15 @@ from typing import Any
 
 import torch
 import yaml
-from grid_tables import Presentation, Run, markdown_tables, overview, write_between_marks
+from grid_tables import Entry, Presentation, Run, front_page, markdown_tables, overview, write_between_marks
 from tqdm import tqdm
 
 from meta_trainer.cli import main as meta_trainer
 from meta_trainer.recipe import find_recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-OVERVIEW = "overview"
+OVERVIEW, FRONT_PAGE = "overview", "what it reaches"
+"""Titles of the tables that all grids have a row in."""
 WARM_UP = "warm-up"
 """Method name of the runs that others start from."""
 CHANGES_NO_RUN = ("description", "method")
@@ -260,7 +261,9 @@ def main() -> None:
         "--only", default="", metavar="REGEX", help='run only the cells in whose "target/method/seed_N" this is found'
     )
     parser.add_argument("--table-only", action="store_true", help="run nothing, write the tables of what there is")
-    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of README.md, which has the marks")
+    parser.add_argument(
+        "--recipes", type=Path, default=RECIPES, help="folder whose README.md has the marks; the one above it, too"
+    )
     options = parser.parse_args()
     grid = load_grid(options.grid)
     warm_ups, cells = list(grid.warm_ups()), list(grid.cells())
@@ -280,17 +283,19 @@ def main() -> None:
     tables = markdown_tables(runs, [WARM_UP, *grid.recipes], list(grid.targets), Presentation(**grid.presentation))
     print(tables)
     write_between_marks(options.recipes / "README.md", grid.title, tables)
-    write_between_marks(options.recipes / "README.md", OVERVIEW, _overview(options.recipes))
+    entries = _entries(options.recipes)
+    write_between_marks(options.recipes / "README.md", OVERVIEW, overview(entries))
+    write_between_marks(options.recipes.parent / "README.md", FRONT_PAGE, front_page(entries))
 
 
-def _overview(recipes: Path) -> str:
-    """One row of every grid that says which row of a paper it stands for."""
-    contents = [json.loads(file.read_text()) for file in sorted((recipes / "results").glob("*.json"))]
-    entries = []
-    for content in contents:
+def _entries(recipes: Path) -> list[Entry]:
+    """All grids that have results."""
+    entries: list[Entry] = []
+    for file in sorted((recipes / "results").glob("*.json")):
+        content = json.loads(file.read_text())
         grid = load_grid(recipes.parent / content["grid"])
         entries.append((Presentation(**grid.presentation), list(grid.recipes), [Run(**r) for r in content["runs"]]))
-    return overview(entries)
+    return entries
 
 
 if __name__ == "__main__":

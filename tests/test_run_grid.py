@@ -82,11 +82,15 @@ def command_line(run_grid, tmp_path, monkeypatch):
 
     def call(grid, *arguments):
         asked_for.clear()
-        marks = [f"<!-- begin: {title} -->\n<!-- end: {title} -->\n" for title in (grid.title, "overview")]
-        (tmp_path / "README.md").write_text("".join(marks))
+        for page, titles in ((tmp_path / "recipes", (grid.title, "overview")), (tmp_path, ("what it reaches",))):
+            page.mkdir(exist_ok=True)
+            marks = [f"<!-- begin: {title} -->\n<!-- end: {title} -->\n" for title in titles]
+            (page / "README.md").write_text("".join(marks))
         (tmp_path / "grid.yaml").write_text(yaml.safe_dump(vars(grid), sort_keys=False))
         monkeypatch.setattr(
-            sys, "argv", ["run_grid.py", str(tmp_path / "grid.yaml"), "--recipes", str(tmp_path), *arguments]
+            sys,
+            "argv",
+            ["run_grid.py", str(tmp_path / "grid.yaml"), "--recipes", str(tmp_path / "recipes"), *arguments],
         )
         run_grid.main()
         return list(asked_for)
@@ -111,7 +115,7 @@ def finish_all(grid, f1=0.5):
 
 
 def results(tmp_path):
-    return json.loads((tmp_path / "results" / "test.json").read_text())
+    return json.loads((tmp_path / "recipes" / "results" / "test.json").read_text())
 
 
 def names_and_scores(tmp_path):
@@ -153,7 +157,7 @@ def test_every_target_has_one_warm_up_whose_folder_its_cells_start_from(run_grid
 def test_the_commands_of_a_table_begin_with_the_warm_up_that_the_rows_start_from(with_warm_up, command_line, tmp_path):
     finish_all(with_warm_up)
     command_line(with_warm_up, "--table-only")
-    readme = (tmp_path / "README.md").read_text()
+    readme = (tmp_path / "recipes" / "README.md").read_text()
     commands = readme.split("```bash\n")[1].split("\n```")[0].split("\n")
     assert commands[::2] == ["# warm-up", "# joint", "# exact"]
     assert (
@@ -258,6 +262,26 @@ def test_the_overview_has_a_row_for_every_grid_that_stands_for_a_row_of_a_paper(
         assert "| joint 30.0; exact 50.0 |" in row
 
 
+def test_the_front_page_has_the_better_baseline_beside_what_was_learned(grid_tables, runs):
+    paper = {"row": "Table 3", "module": "InputRotation", "group": "gn"}
+    shown = grid_tables.Presentation(
+        metric="f1", paper=paper, front_page={"application": "Turned digits", "learned": "exact"}
+    )
+    other = grid_tables.Presentation(metric="f1", paper=paper)
+    entries = [(shown, ["joint", "exact"], runs), (other, ["joint"], runs)]
+    *_, heading, row = grid_tables.front_page(entries).split("\n")
+    assert heading.startswith("|---|")
+    assert row == "| Turned digits | 30.0 |  | **50.0** | `InputRotation`, [`ner`](recipes/ner) |"
+    assert "Turned" not in grid_tables.front_page([(shown, ["joint"], runs)])
+
+    third = [replace(run, method="third", scores={"f1": 0.6}) for run in runs if run.method == "exact"]
+    fourth = [replace(run, method="fourth", scores={"f1": 0.35}) for run in third]
+    shown = replace(shown, baselines=["joint", "third", "fourth"])
+    entries = [(shown, ["joint", "third", "fourth", "exact"], [*runs, *third, *fourth])]
+    *_, row = grid_tables.front_page(entries).split("\n")
+    assert row == "| Turned digits | 30.0 | **60.0** third | 50.0 | `InputRotation`, [`ner`](recipes/ner) |"
+
+
 def test_a_text_goes_between_its_marks_and_nowhere_else(grid_tables, tmp_path):
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- begin: test -->\nold\n<!-- end: test -->\nafter\n")
@@ -315,7 +339,7 @@ def test_a_grid_of_which_no_run_has_ended_has_no_table(grid, command_line, capsy
 def test_tables_after_a_run_of_some_cells_are_of_all_that_there_is(grid, command_line, tmp_path):
     finish_all(grid)
     command_line(grid, "--only", "gn/exact")
-    assert "| joint | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.00 | 10 | 5 |" in (tmp_path / "README.md").read_text()
+    assert "| joint | 50.0 ± 0.0 | 50.0 ± 0.0 | 50.00 | 10 | 5 |" in (tmp_path / "recipes" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("option", [[], ["--table-only"]])
@@ -384,7 +408,7 @@ def test_a_record_without_the_content_of_its_recipes_keeps_no_run_beside_new_one
     command_line(grid)
     old = results(tmp_path)
     del old["recipes"]
-    (tmp_path / "results" / "test.json").write_text(json.dumps(old))
+    (tmp_path / "recipes" / "results" / "test.json").write_text(json.dumps(old))
     shutil.rmtree(grid.output_dir)
     command_line(grid)
     # With nothing to write, the file stays as it is.
@@ -410,7 +434,8 @@ def test_every_cell_of_the_grids_is_a_valid_recipe(run_grid, grid_tables, file, 
     group = shown.paper.get("group")
     assert group is None or group in {*shown.groups, *grid.targets}
     assert not shown.paper or hasattr(meta_trainer, shown.paper["module"])
-    assert set(shown.baselines) | set(grid.only) | set(grid.methods) <= set(grid.recipes)
+    learned = {shown.front_page["learned"]} if shown.front_page else set()
+    assert set(shown.baselines) | learned | set(grid.only) | set(grid.methods) <= set(grid.recipes)
     assert f"<!-- begin: {grid.title} -->" in (recipes_folder() / "README.md").read_text(encoding="utf-8")
     # Cells of further seeds differ from these in a number only.
     for cell in replace(grid, seeds=grid.seeds[:1]).cells():
