@@ -91,8 +91,9 @@ def test_a_resumed_run_ends_in_the_same_bytes(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["metaxl_with_weights_evograd", "metaxl_with_weights_t1t2", "metaxl_with_weights_best", "meta_weight_net_evograd"],
-)
+    ["metaxl_with_weights_evograd", "metaxl_with_weights_t1t2", "metaxl_with_weights_best", "meta_weight_net_evograd",
+     "meta_weight_net_best"],
+)  # fmt: skip
 def test_the_recipes_with_a_weight_net_run_two_steps(recipe, tmp_path, name):
     base = yaml.safe_load(find_recipe(f"ner/{name}.yaml").read_text())
     data = {"model_name_or_path": None, "source_subset": None, "target_subset": None, "eval_strategy": "no"}
