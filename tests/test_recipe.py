@@ -210,4 +210,4 @@ def test_the_grid_of_compositions_names_recipes_and_settings_that_are_valid(tmp_
         (tmp_path / "cell.yaml").write_text(yaml.safe_dump(cell))
         modules.append(read_recipe(str(tmp_path / "cell.yaml"), []).module.meta_module)
     rtn, weights = "representation_transform", "meta_weight_net"
-    assert modules == [[], [rtn], [weights], [rtn, weights]]
+    assert modules == [[], *2 * [[rtn]], *2 * [[weights]], *3 * [[rtn, weights]]]

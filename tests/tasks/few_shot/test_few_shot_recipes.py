@@ -82,7 +82,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(small_recipe, tmp_path):
     assert results[0]["metrics"]["accuracy"] == results[1]["metrics"]["accuracy"]
 
 
-def test_a_second_run_starts_from_the_backbone_of_the_folder_that_the_first_one_left(small_recipe, tmp_path):
+def test_a_second_run_starts_from_the_model_in_the_folder_that_the_first_one_left(small_recipe, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     assert main(["train", "--config", small_recipe(FOLDER / "plain.yaml"), "--output_dir", str(first)]) == 0
     # Nothing moves the weights of the second run, so that it ends with those that it started with.
@@ -92,13 +92,14 @@ def test_a_second_run_starts_from_the_backbone_of_the_folder_that_the_first_one_
 
     ours, theirs = RelationNet.from_pretrained(second), RelationNet.from_pretrained(first)
     assert (ours.config.n_way, theirs.config.n_way) == (2, 3)
-    started = dict(theirs.resnet.named_parameters())
-    assert all(torch.equal(weight, started[name]) for name, weight in ours.resnet.named_parameters())
+    for part in ("resnet", "relation_module"):
+        started = dict(getattr(theirs, part).named_parameters())
+        assert all(torch.equal(weight, started[name]) for name, weight in getattr(ours, part).named_parameters())
     fresh = make_relation_net(theirs.config, seed=1)
     assert not torch.equal(next(theirs.resnet.parameters()), next(fresh.resnet.parameters()))
-    weights = [model.relation_module.of_class.weight for model in (ours, theirs, make_relation_net(ours.config, 7))]
-    assert torch.equal(weights[0], weights[2])
-    assert not torch.equal(weights[0], weights[1])
+    classifiers = [model.auxiliary_classifier.weight for model in (ours, theirs, make_relation_net(ours.config, 7))]
+    assert torch.equal(classifiers[0], classifiers[2])
+    assert not torch.equal(classifiers[0], classifiers[1])
 
 
 def test_the_recipes_differ_only_in_what_is_transformed_and_learned():
