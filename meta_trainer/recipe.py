@@ -270,6 +270,12 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
         )
     if module.weight_net_reads_label and module.meta_module:
         _check_reads_label(run, module)
+    alone = isinstance(task, LabelledDataArguments) and task.train_on_meta_alone
+    if module.meta_module and not run.compare_with_baseline and alone:
+        raise ValueError(
+            "`train_on_meta_alone` is for a baseline: a meta module learns on the rows that it leaves out. Leave out "
+            "`meta_module`, or set `compare_with_baseline`."
+        )
     if module.meta_module and not run.compare_with_baseline and _trains_on_meta_in_vain(task, module):
         raise ValueError(
             "`train_on_meta` is for a baseline, or for meta_module='meta_weight_net' alone: another meta module learns "

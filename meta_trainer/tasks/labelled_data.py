@@ -1,13 +1,16 @@
 """Settings of a set of labelled rows: where it comes from, which labels are trusted, and how others are corrupted."""
 
+import math
+from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from meta_trainer.tasks.label_noise import NOISE_KINDS
 from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
 from meta_trainer.tasks.tables import TABLE_SUFFIXES
 
+Part = TypeVar("Part", bound=Sized)
 FILE_FIELDS = ("train_file", "validation_file", "test_file")
 
 
@@ -76,6 +79,13 @@ class LabelledDataArguments:
             "only."
         },
     )
+    train_on_meta_alone: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the meta set and on nothing else, repeated until it is as long as the training set would "
+            "be, so that a run has as many steps: the baseline that says what the other rows are worth."
+        },
+    )
     label_noise_share: float = field(
         default=0.0, metadata={"help": "Share of what is trained on (rows, entities) that gets a wrong label."}
     )
@@ -96,23 +106,29 @@ class LabelledDataArguments:
         """The data, as a model card names them."""
         return data_name(self.data, self.subset, next(iter(self.files("train_file")), None))
 
-    def check_meta_set(self) -> None:
-        """Raise ValueError unless there are rows of trusted labels for a meta module to learn from."""
+    def check_meta_set(self, owner: str = "A meta module") -> None:
+        """Raise ValueError unless there are rows of trusted labels for `owner` to learn from."""
         if not (self.meta_file or self.num_meta_examples):
-            raise ValueError("A meta module needs a meta set: num_meta_examples must be at least 1, got 0.")
+            raise ValueError(f"{owner} needs a meta set: num_meta_examples must be at least 1, got 0.")
 
-    def trains_on_meta(self, with_meta: bool, tells_trusted: bool) -> bool:
-        """Whether a run trains on the meta set: see `train_on_meta`.
+    def training_parts(self, train: Part, meta: Part, *, with_meta: bool, tells_trusted: bool) -> list[Part]:
+        """What a run trains on, one part after another: see `train_on_meta` and `train_on_meta_alone`.
 
         Args:
-            with_meta: Whether it learns a meta module.
+            train: Rows whose labels may be wrong.
+            meta: Rows of the meta set.
+            with_meta: Whether the run learns a meta module.
             tells_trusted: Whether that tells rows of the meta set from others.
         """
-        return self.train_on_meta and (tells_trusted or not with_meta)
+        if self.train_on_meta_alone and not with_meta:
+            return [meta] * math.ceil(len(train) / len(meta))
+        return [train, meta] if self.train_on_meta and (tells_trusted or not with_meta) else [train]
 
     @property
     def baseline(self) -> str:
         """What a run without a meta module is called in tables."""
+        if self.train_on_meta_alone:
+            return "plain training on the meta set"
         return "plain training on both sets" if self.train_on_meta else "plain training"
 
     @property
@@ -151,6 +167,10 @@ class LabelledDataArguments:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
+        if self.train_on_meta_alone:
+            self.check_meta_set("train_on_meta_alone")
+            if self.train_on_meta:
+                raise ValueError("train_on_meta adds the meta set, train_on_meta_alone leaves the rest out: set one.")
 
     def _check_noise(self) -> None:
         kind, column = self._noise

@@ -67,9 +67,11 @@ class ImageClassificationArguments(ClassLabelArguments):
         for name in ("rotate_train_degrees", "rotate_target_degrees"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number of degrees, got {getattr(self, name)}.")
-        if self.train_on_meta and self.rotate_train_degrees != self.rotate_target_degrees:
+        trains_on_meta = self.train_on_meta or self.train_on_meta_alone
+        if trains_on_meta and self.rotate_train_degrees != self.rotate_target_degrees:
+            name = "train_on_meta_alone" if self.train_on_meta_alone else "train_on_meta"
             raise ValueError(
-                f"train_on_meta trains on one set of images, which cannot be turned by two angles: got "
+                f"{name} trains on images of the meta set, which cannot be turned by two angles: got "
                 f"rotate_train_degrees={self.rotate_train_degrees} and "
                 f"rotate_target_degrees={self.rotate_target_degrees}."
             )

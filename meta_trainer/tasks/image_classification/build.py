@@ -42,7 +42,7 @@ def build_image_classification_task(
         model: A pretrained model, if there is one.
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
-            where ``train_on_meta`` says so.
+            where ``train_on_meta`` or ``train_on_meta_alone`` says so.
         tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
@@ -62,13 +62,10 @@ def build_image_classification_task(
         config, processor = pretrained_config(model, data.classes), _load_processor(model)
         read = ProcessedPixels(processor)
     config.problem_type = "single_label_classification"
-    joint = arguments.trains_on_meta(with_meta, tells_trusted)
-    num_trusted = len(data.meta) if joint and with_meta else 0
-    train, record = (
-        (concatenate_datasets([data.train, data.meta]), concatenate_datasets([data.train_record, data.meta_record]))
-        if joint
-        else (data.train, data.train_record)
-    )
+    parts = partial(arguments.training_parts, with_meta=with_meta, tells_trusted=tells_trusted)
+    train = concatenate_datasets(parts(data.train, data.meta))
+    record = concatenate_datasets(parts(data.train_record, data.meta_record))
+    num_trusted = len(data.meta) if with_meta and len(train) > len(data.train) else 0
     if num_trusted:
         train, record = mark_trusted(train, num_trusted), data.train_record
     transform = ImageTransform(

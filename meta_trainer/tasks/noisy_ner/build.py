@@ -30,7 +30,7 @@ def build_noisy_ner_task(
         model: Base model.
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
-            where ``train_on_meta`` says so.
+            where ``train_on_meta`` or ``train_on_meta_alone`` says so.
         tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
@@ -46,10 +46,9 @@ def build_noisy_ner_task(
     tokenizer = make_tokenizer(model, [data.train, *([data.meta] if len(data.meta) else [])])
     config = make_config(model, data.tags, tokenizer)
     evaluation_length = min(EVALUATION_LENGTH, check_max_length(arguments.max_length, tokenizer, config))
-    joint = arguments.trains_on_meta(with_meta, tells_trusted)
-    num_trusted = len(data.meta) if joint and with_meta else 0
-    further = [data.meta] if joint else []
-    train, trusted = concatenate([data.train, *further]), concatenate([data.train_trusted, *further])
+    parts = partial(arguments.training_parts, with_meta=with_meta, tells_trusted=tells_trusted)
+    train, trusted = (concatenate(parts(noisy, data.meta)) for noisy in (data.train, data.train_trusted))
+    num_trusted = len(data.meta) if with_meta and len(train) > len(data.train) else 0
     recorded = (data.train, data.train_trusted) if num_trusted else (train, trusted)
     record = record_labels(*recorded, tokenizer, arguments.max_length)
     train_dataset = encode(train, tokenizer, data.tags, arguments.max_length)

@@ -32,7 +32,7 @@ def build_text_classification_task(
         model: Base model.
         seed: Seed of the weights that are not pretrained, and of the noise where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the meta set is put aside all the same, or trained on
-            where ``train_on_meta`` says so.
+            where ``train_on_meta`` or ``train_on_meta_alone`` says so.
         tells_trusted: Whether the meta module tells trusted rows from others, so that ``train_on_meta`` is for it, too.
 
     Returns:
@@ -48,9 +48,9 @@ def build_text_classification_task(
     config = make_config(model, data.classes, tokenizer)
     config.problem_type = "single_label_classification"
     check_max_length(arguments.max_length, tokenizer, config)
-    joint = arguments.trains_on_meta(with_meta, tells_trusted)
-    num_trusted = len(data.meta) if joint and with_meta else 0
-    train = concatenate_datasets([data.train, data.meta]) if joint else data.train
+    parts = arguments.training_parts(data.train, data.meta, with_meta=with_meta, tells_trusted=tells_trusted)
+    num_trusted = len(data.meta) if with_meta and len(parts) > 1 else 0
+    train = concatenate_datasets(parts)
 
     train_dataset = encode(train, tokenizer, arguments.max_length)
     if num_trusted:

@@ -27,7 +27,11 @@ def test_the_command_line_help_can_be_formatted_and_explains_every_field():
         ({"image_mean": [0.1, 0.2]}, "image_mean must be one number, or three"),
         ({"image_mean": [math.inf]}, "image_mean must be one number, or three"),
         ({"image_std": [0.0]}, r"image_std must be above 0, got \[0.0\]"),
-        ({"train_on_meta": True, "rotate_target_degrees": 30}, "cannot be turned by two angles"),
+        (
+            {"train_on_meta": True, "rotate_target_degrees": 30},
+            "train_on_meta trains .* cannot be turned by two angles",
+        ),
+        ({"train_on_meta_alone": True, "rotate_target_degrees": 30}, "train_on_meta_alone trains .* by two angles"),
         ({"label_noise": "flip", "label_noise_share": 1.0}, "less than 1, got 1.0"),
     ],
 )

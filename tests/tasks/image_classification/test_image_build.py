@@ -78,6 +78,16 @@ def test_the_baseline_on_both_sets_adds_the_meta_rows_with_trusted_labels(small)
     assert not any(both.training_labels["is_corrupted"][32:])
 
 
+def test_the_baseline_on_the_meta_set_alone_has_as_many_steps_as_that_on_the_noisy_set(small):
+    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta_alone": True}
+    method, alone = build(small(**noise)), build(small(**noise), with_meta=False)
+    assert (len(method.train_dataset), len(method.meta_dataset), len(alone.train_dataset)) == (32, 8, 32)
+    assert_close(alone.train_dataset[:]["pixel_values"], method.meta_dataset[:]["pixel_values"].repeat(4, 1, 1, 1))
+    assert alone.train_dataset["labels"][:] == method.meta_dataset["labels"][:] * 4
+    assert alone.training_labels["label"][:] == alone.training_labels["trusted_label"][:]
+    assert len(alone.training_labels) == 32
+
+
 def test_a_meta_module_that_tells_trusted_images_trains_on_both_sets(small):
     noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta": True}
     method, both = build(small(**noise), tells_trusted=True), build(small(**noise), with_meta=False)

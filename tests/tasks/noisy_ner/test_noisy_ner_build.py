@@ -83,6 +83,14 @@ def test_the_meta_set_is_set_apart_and_clean_with_a_meta_module_or_without(gener
     assert (both.baseline, both.main_metric) == ("plain training on both sets", "f1")
 
 
+def test_the_baseline_on_the_meta_set_alone_has_as_many_steps_as_that_on_the_noisy_set(generated):
+    noise = {"label_noise": "drop", "label_noise_share": 0.5, "train_on_meta_alone": True}
+    method, alone = (build(generated(**noise), with_meta=with_meta) for with_meta in (True, False))
+    assert alone.train_dataset.to_list() == method.meta_dataset.to_list() * 3
+    assert not any(alone.training_labels["is_corrupted"])
+    assert len(alone.training_labels) == sum(x != -100 for row in alone.train_dataset["labels"] for x in row)
+
+
 def test_a_meta_module_that_tells_trusted_sentences_trains_on_both_sets(generated):
     noise = {"label_noise": "drop", "label_noise_share": 0.5, "train_on_meta": True}
     method, both = build(generated(**noise), tells_trusted=True), build(generated(**noise), with_meta=False)

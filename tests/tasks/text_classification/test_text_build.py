@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_the_baseline_on_both_sets_adds_the_meta_rows_with_trusted_labels(genera
     assert both.train_dataset.to_list() == [*method.train_dataset.to_list(), *method.meta_dataset.to_list()]
     assert not any(both.training_labels["is_corrupted"][108:])
     assert len(method.train_dataset) == 108
+
+
+def test_the_baseline_on_the_meta_set_alone_has_as_many_steps_as_that_on_the_noisy_set(generated, tiny_model):
+    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta_alone": True}
+    method, alone = (build(generated(**noise), tiny_model, with_meta=with_meta) for with_meta in (True, False))
+    trusted = method.meta_dataset.to_list()
+    assert len(method.train_dataset) == 108
+    assert alone.train_dataset.to_list() == trusted * math.ceil(108 / len(trusted))
+    assert len(alone.training_labels) == len(alone.train_dataset)
+    assert not any(alone.training_labels["is_corrupted"])
+    assert alone.baseline == "plain training on the meta set"
 
 
 def test_a_meta_module_that_tells_trusted_rows_trains_on_both_sets(generated, tiny_model):

@@ -166,6 +166,18 @@ def test_training_on_the_meta_set_is_refused_where_another_meta_module_learns_fr
             read_recipe(recipe(tmp_path, train_on_meta=True, meta_module=modules), [])
 
 
+def test_training_on_the_meta_set_alone_is_for_a_baseline(tmp_path):
+    with pytest.raises(ValueError, match="`train_on_meta_alone` is for a baseline"):
+        read_recipe(recipe(tmp_path, train_on_meta_alone=True), [])
+    assert main(["train", "--config", recipe(tmp_path, train_on_meta_alone=True, compare_with_baseline=True)]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    assert results[0]["name"] == "plain training on the meta set"
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "training_weights.parquet").to_pylist()
+    assert len({row["row"] for row in rows}) == len(rows) == 60
+    baseline = pyarrow.parquet.read_table(tmp_path / "run" / "baseline" / "training_labels.parquet").to_pylist()
+    assert (len(baseline), len({row["row"] for row in baseline})) == (60, 20)
+
+
 def test_weights_beside_trusted_rows_that_are_trained_on_and_by_the_label(tmp_path, caplog):
     file = recipe(tmp_path, train_on_meta=True, weight_net_reads_label=True, compare_with_baseline=True)
     assert main(["train", "--config", file]) == 0
