@@ -65,7 +65,7 @@ def build_image_classification_task(
     parts = partial(arguments.training_parts, with_meta=with_meta, tells_trusted=tells_trusted)
     train = concatenate_datasets(parts(data.train, data.meta))
     record = concatenate_datasets(parts(data.train_record, data.meta_record))
-    num_trusted = len(data.meta) if with_meta and len(train) > len(data.train) else 0
+    num_trusted = len(train) - len(data.train) if with_meta else 0
     if num_trusted:
         train, record = mark_trusted(train, num_trusted), data.train_record
     transform = ImageTransform(

@@ -48,7 +48,7 @@ def build_noisy_ner_task(
     evaluation_length = min(EVALUATION_LENGTH, check_max_length(arguments.max_length, tokenizer, config))
     parts = partial(arguments.training_parts, with_meta=with_meta, tells_trusted=tells_trusted)
     train, trusted = (concatenate(parts(noisy, data.meta)) for noisy in (data.train, data.train_trusted))
-    num_trusted = len(data.meta) if with_meta and len(train) > len(data.train) else 0
+    num_trusted = len(train) - len(data.train) if with_meta else 0
     recorded = (data.train, data.train_trusted) if num_trusted else (train, trusted)
     record = record_labels(*recorded, tokenizer, arguments.max_length)
     train_dataset = encode(train, tokenizer, data.tags, arguments.max_length)

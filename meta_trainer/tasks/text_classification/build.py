@@ -49,8 +49,8 @@ def build_text_classification_task(
     config.problem_type = "single_label_classification"
     check_max_length(arguments.max_length, tokenizer, config)
     parts = arguments.training_parts(data.train, data.meta, with_meta=with_meta, tells_trusted=tells_trusted)
-    num_trusted = len(data.meta) if with_meta and len(parts) > 1 else 0
     train = concatenate_datasets(parts)
+    num_trusted = len(train) - len(data.train) if with_meta else 0
 
     train_dataset = encode(train, tokenizer, arguments.max_length)
     if num_trusted:
