@@ -79,6 +79,13 @@ class LabelledDataArguments:
             "only."
         },
     )
+    meta_repeats: int = field(
+        default=1,
+        metadata={
+            "help": "Times that an epoch with train_on_meta goes through the meta set, which is much smaller than the "
+            "training set."
+        },
+    )
     train_on_meta_alone: bool = field(
         default=False,
         metadata={
@@ -112,7 +119,7 @@ class LabelledDataArguments:
             raise ValueError(f"{owner} needs a meta set: num_meta_examples must be at least 1, got 0.")
 
     def training_parts(self, train: Part, meta: Part, *, with_meta: bool, tells_trusted: bool) -> list[Part]:
-        """What a run trains on, one part after another: see `train_on_meta` and `train_on_meta_alone`.
+        """What a run trains on, one part after another: see `train_on_meta` and what comes after it.
 
         Args:
             train: Rows whose labels may be wrong.
@@ -122,7 +129,8 @@ class LabelledDataArguments:
         """
         if self.train_on_meta_alone and not with_meta:
             return [meta] * math.ceil(len(train) / len(meta))
-        return [train, meta] if self.train_on_meta and (tells_trusted or not with_meta) else [train]
+        joint = self.train_on_meta and (tells_trusted or not with_meta)
+        return [train, *[meta] * self.meta_repeats] if joint else [train]
 
     @property
     def baseline(self) -> str:
@@ -161,12 +169,18 @@ class LabelledDataArguments:
             raise ValueError(f"No {self.rows} to train on: give data or train_file.")
 
     def _check_values(self) -> None:
-        if self.max_train_examples is not None and self.max_train_examples < 1:
-            raise ValueError(f"max_train_examples must be at least 1, got {self.max_train_examples}.")
+        for name in ("max_train_examples", "meta_repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
         for name in ("num_meta_examples", "subset_seed", "noise_seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
+        if self.meta_repeats > 1 and not self.train_on_meta:
+            raise ValueError(
+                f"meta_repeats={self.meta_repeats} is for train_on_meta=true, which trains on the meta set."
+            )
         if self.train_on_meta_alone:
             self.check_meta_set("train_on_meta_alone")
             if self.train_on_meta:

@@ -89,10 +89,10 @@ def test_the_baseline_on_the_meta_set_alone_has_as_many_steps_as_that_on_the_noi
 
 
 def test_a_meta_module_that_tells_trusted_images_trains_on_both_sets(small):
-    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta": True}
+    noise = {"label_noise": "flip", "label_noise_share": 0.4, "train_on_meta": True, "meta_repeats": 2}
     method, both = build(small(**noise), tells_trusted=True), build(small(**noise), with_meta=False)
-    assert (len(method.train_dataset), method.num_trusted, both.num_trusted) == (40, 8, 0)
-    assert method.train_dataset["is_trusted"][:] == [False] * 32 + [True] * 8
+    assert (len(method.train_dataset), method.num_trusted, both.num_trusted) == (48, 16, 0)
+    assert method.train_dataset["is_trusted"][:] == [False] * 32 + [True] * 16
     assert_close(method.train_dataset[:]["pixel_values"], both.train_dataset[:]["pixel_values"])
     assert method.training_labels.to_list() == both.training_labels.to_list()[:32]
     batch = method.data_collator([method.train_dataset[i] for i in (0, 39)])

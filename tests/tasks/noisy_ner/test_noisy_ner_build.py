@@ -92,10 +92,10 @@ def test_the_baseline_on_the_meta_set_alone_has_as_many_steps_as_that_on_the_noi
 
 
 def test_a_meta_module_that_tells_trusted_sentences_trains_on_both_sets(generated):
-    noise = {"label_noise": "drop", "label_noise_share": 0.5, "train_on_meta": True}
+    noise = {"label_noise": "drop", "label_noise_share": 0.5, "train_on_meta": True, "meta_repeats": 2}
     method, both = build(generated(**noise), tells_trusted=True), build(generated(**noise), with_meta=False)
-    assert (method.num_trusted, both.num_trusted) == (10, 0)
-    assert method.train_dataset["is_trusted"][:] == [False] * 30 + [True] * 10
+    assert (method.num_trusted, both.num_trusted) == (20, 0)
+    assert method.train_dataset["is_trusted"][:] == [False] * 30 + [True] * 20
     assert method.train_dataset.remove_columns("is_trusted").to_list() == both.train_dataset.to_list()
     assert method.training_labels.to_list() == both.training_labels.to_list()[: len(method.training_labels)]
     assert set(method.training_labels["row"]) < set(both.training_labels["row"])

@@ -21,6 +21,8 @@ def test_the_command_line_help_can_be_formatted_and_explains_every_field():
         ({"data": "./nowhere"}, "data: there is no folder .*nowhere"),
         ({"max_train_examples": 0}, "max_train_examples must be at least 1, got 0"),
         ({"num_meta_examples": -1}, "num_meta_examples must not be negative, got -1"),
+        ({"train_on_meta": True, "meta_repeats": 0}, "meta_repeats must be at least 1, got 0"),
+        ({"meta_repeats": 4}, "meta_repeats=4 is for train_on_meta=true"),
         ({"train_on_meta_alone": True, "num_meta_examples": 0}, "train_on_meta_alone needs a meta set"),
         ({"train_on_meta_alone": True, "train_on_meta": True}, "train_on_meta_alone leaves the rest out: set one"),
         ({"subset_seed": -1}, "subset_seed must not be negative, got -1"),

@@ -88,6 +88,17 @@ def test_a_meta_module_that_tells_trusted_rows_trains_on_both_sets(generated, ti
     assert build(generated(), tiny_model, tells_trusted=True).num_trusted == both.num_trusted == 0
 
 
+def test_an_epoch_goes_through_the_meta_set_several_times(generated, tiny_model):
+    settings = generated(label_noise="flip", label_noise_share=0.4, train_on_meta=True, meta_repeats=3)
+    method = build(settings, tiny_model, tells_trusted=True)
+    both = build(settings, tiny_model, with_meta=False)
+    trusted = method.meta_dataset.to_list()
+    assert method.train_dataset.remove_columns("is_trusted").to_list() == both.train_dataset.to_list()
+    assert both.train_dataset.to_list()[108:] == trusted * 3
+    assert method.num_trusted == sum(method.train_dataset["is_trusted"]) == 3 * len(trusted)
+    assert len(method.training_labels) == 108
+
+
 def test_trainer_trains_and_scores_with_the_tasks_metrics(generated, tiny_model, tmp_path):
     task = build(generated(), tiny_model, with_meta=False)
     run = trainer(task, tmp_path)
