@@ -65,6 +65,13 @@ class LanguageModelingArguments:
         default=False,
         metadata={"help": "Train on the trusted texts as well: a baseline without a meta module."},
     )
+    train_on_meta_alone: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on the trusted texts and on nothing else, repeated until they are as many as those of all "
+            "sources: the baseline that says what the sources are worth."
+        },
+    )
     block_length: int = field(
         default=128, metadata={"help": "Tokens of an example: the texts of one source, one after another, cut up."}
     )
@@ -80,6 +87,13 @@ class LanguageModelingArguments:
             value = getattr(self, setting)
             if value is not None:
                 Location.parse(value).check(setting, self.data_dir)
+
+    @property
+    def baseline(self) -> str:
+        """What a run without a meta module is called in tables."""
+        if self.train_on_meta_alone:
+            return "plain training on the meta set"
+        return "plain training on both sets" if self.train_on_meta else "plain training"
 
     @property
     def locations(self) -> dict[str, Location]:
@@ -119,6 +133,8 @@ class LanguageModelingArguments:
             self._check_source("corrupt_sources", name)
 
     def _check_trusted(self) -> None:
+        if self.train_on_meta and self.train_on_meta_alone:
+            raise ValueError("train_on_meta adds the meta set, train_on_meta_alone leaves the rest out: set one.")
         if self.trusted_source is None:
             return
         if self.meta_texts is not None:

@@ -1,5 +1,6 @@
 """Language modeling on a mixture of sources as a task."""
 
+import math
 from functools import partial
 from itertools import chain
 
@@ -28,7 +29,7 @@ def build_language_modeling_task(
         model: Base model.
         seed: Seed of the weights that are not pretrained, and of the corruption where the settings have none for it.
         with_meta: Whether a meta module is trained. If not, the trusted texts are put aside all the same, or trained on
-            where ``train_on_meta`` says so.
+            where ``train_on_meta`` or ``train_on_meta_alone`` says so.
 
     Returns:
         The task. Each training row is a block of one source, whose number is in the column ``domain``.
@@ -37,38 +38,40 @@ def build_language_modeling_task(
         ValueError: If data, settings and model do not fit each other.
     """
     data = load_language_data(arguments, seed)
-    joint = arguments.train_on_meta and not with_meta
-    if (with_meta or joint) and not data.meta:
+    if (with_meta or arguments.train_on_meta or arguments.train_on_meta_alone) and not data.meta:
         raise ValueError(
-            "A meta module, or train_on_meta, needs trusted texts: give trusted_source with num_meta_examples of at "
-            "least 1, or meta_texts."
+            "A meta module, train_on_meta and train_on_meta_alone need trusted texts: give trusted_source with "
+            "num_meta_examples of at least 1, or meta_texts."
         )
     tokenizer = _make_tokenizer(model, data)
     config = make_decoder_config(model, tokenizer, arguments.block_length)
 
-    def blocks(texts: list[str] | None, name: str, domain: int | None = None) -> Dataset | None:
-        if not texts:
-            return None
+    def blocks(texts: list[str], name: str, domain: int | None = None) -> Dataset:
         rows = pack(texts, tokenizer, arguments.block_length, name)
         numbers = {} if domain is None else {DOMAIN_COLUMN: [domain] * len(rows)}
         return Dataset.from_dict({"input_ids": rows, "labels": rows, **numbers})
 
     domains = list(data.train)
     parts = [blocks(data.train[name], f"source {name!r}", number) for number, name in enumerate(domains)]
-    meta = blocks(data.meta, "meta set")
+    meta = blocks(data.meta, "meta set") if data.meta else None
+    if meta is not None and not with_meta:
+        if arguments.train_on_meta_alone:
+            parts = [meta] * math.ceil(sum(map(len, parts)) / len(meta))
+        elif arguments.train_on_meta:
+            parts.append(meta)
     return Task(
         model_init=partial(make_model, AutoModelForCausalLM, model, config, seed),
         processing_class=tokenizer,
-        train_dataset=concatenate_datasets([*parts, meta] if joint else parts),
+        train_dataset=concatenate_datasets(parts),
         meta_dataset=meta if with_meta else None,
-        eval_dataset=blocks(data.validation, "validation_texts"),
-        test_dataset=blocks(data.test, "test_texts"),
+        eval_dataset=blocks(data.validation, "validation_texts") if data.validation else None,
+        test_dataset=blocks(data.test, "test_texts") if data.test else None,
         data_collator=default_data_collator,
         compute_metrics=language_scores,
         preprocess_logits_for_metrics=token_scores,
         main_metric="token_accuracy",
         pipeline_tag="text-generation",
-        baseline="plain training on both sets" if arguments.train_on_meta else "plain training",
+        baseline=arguments.baseline,
         domains=tuple(domains),
     )
 

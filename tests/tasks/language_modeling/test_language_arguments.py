@@ -54,6 +54,7 @@ SOUND = {"sources": ["a=generated", "b=generated"]}
         ({"trusted_source": "a", "meta_texts": "generated"}, "trusted_source and meta_texts exclude each other"),
         ({"meta_texts": "nowhere.csv"}, "meta_texts: there is no file"),
         ({"test_texts": "generated@dev"}, "test_texts: the generated corpus has the topics"),
+        ({"train_on_meta": True, "train_on_meta_alone": True}, "train_on_meta_alone leaves the rest out: set one"),
         ({"block_length": 1}, "block_length must be at least 2, got 1"),
         ({"num_meta_examples": -1}, "num_meta_examples must be at least 0, got -1"),
         ({"max_source_examples": 0}, "max_source_examples must be at least 1, got 0"),

@@ -56,12 +56,15 @@ def test_the_trusted_texts_are_trained_on_only_where_the_baseline_says_so(build)
     assert plain.meta_dataset is both.meta_dataset is None
     assert len(both.train_dataset) == len(plain.train_dataset) + len(build().meta_dataset)
     assert (plain.baseline, both.baseline) == ("plain training", "plain training on both sets")
+    alone, meta = build(with_meta=False, train_on_meta_alone=True), build().meta_dataset
+    assert alone.train_dataset.to_list() == meta.to_list() * math.ceil(len(plain.train_dataset) / len(meta))
+    assert alone.baseline == "plain training on the meta set"
 
 
-@pytest.mark.parametrize("with_meta", [True, False])
-def test_trusted_texts_are_needed(build, with_meta):
-    with pytest.raises(ValueError, match="needs trusted texts: give trusted_source"):
-        build(with_meta=with_meta, trusted_source=None, train_on_meta=not with_meta)
+@pytest.mark.parametrize("by", ["with_meta", "train_on_meta", "train_on_meta_alone"])
+def test_trusted_texts_are_needed(build, by):
+    with pytest.raises(ValueError, match="need trusted texts: give trusted_source"):
+        build(**{"with_meta": False, "trusted_source": None, by: True})
 
 
 def test_the_decoder_is_small_and_the_same_for_the_same_seed(build, tiny_model):

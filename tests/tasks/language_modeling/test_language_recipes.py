@@ -67,12 +67,14 @@ def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
     contents = {name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in NAMES}
     plain = contents.pop("plain")
     assert set(contents) == {
-        "plain_with_meta_set", "domain_weights_evograd", "domain_weights_t1t2", "domain_weights_best",
+        "plain_with_meta_set", "plain_on_meta_set",
+        "domain_weights_evograd", "domain_weights_t1t2", "domain_weights_best",
     }  # fmt: skip
     for other in contents.values():
         assert {key for key in plain if other.get(key) != plain[key]} == {"description", "method"}
-    both = contents["plain_with_meta_set"]
-    assert {key: both[key] for key in both.keys() - plain.keys()} == {"train_on_meta": True}
+    for name, key in (("plain_with_meta_set", "train_on_meta"), ("plain_on_meta_set", "train_on_meta_alone")):
+        baseline = contents[name]
+        assert {own: baseline[own] for own in baseline.keys() - plain.keys()} == {key: True}
 
 
 @pytest.mark.parametrize(
