@@ -20,6 +20,7 @@ from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.ner import NerArguments
 from meta_trainer.tasks.noisy_ner import NoisyNerArguments
 from meta_trainer.tasks.text_classification import TextClassificationArguments
+from meta_trainer.tasks.trusted_rows import TrustedRowsArguments
 
 PACKAGE = Path(__file__).parent
 TaskArguments = (
@@ -270,7 +271,7 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
         )
     if module.weight_net_reads_label and module.meta_module:
         _check_reads_label(run, module)
-    alone = isinstance(task, LabelledDataArguments | LanguageModelingArguments) and task.train_on_meta_alone
+    alone = isinstance(task, TrustedRowsArguments) and task.train_on_meta_alone
     if module.meta_module and not run.compare_with_baseline and alone:
         raise ValueError(
             "`train_on_meta_alone` is for a baseline: a meta module learns on the rows that it leaves out. Leave out "

@@ -9,13 +9,14 @@ from typing import Any, ClassVar, TypeVar
 from meta_trainer.tasks.label_noise import NOISE_KINDS
 from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
 from meta_trainer.tasks.tables import TABLE_SUFFIXES
+from meta_trainer.tasks.trusted_rows import TrustedRowsArguments
 
 Part = TypeVar("Part", bound=Sized)
 FILE_FIELDS = ("train_file", "validation_file", "test_file")
 
 
 @dataclass
-class LabelledDataArguments:
+class LabelledDataArguments(TrustedRowsArguments):
     """Where labelled rows come from, which of them are trusted, and how labels are corrupted.
 
     The data are either a data set (``data``) or single files (``train_file`` ...), never both. A subclass has the field
@@ -133,13 +134,6 @@ class LabelledDataArguments:
         return [train, *[meta] * self.meta_repeats] if joint else [train]
 
     @property
-    def baseline(self) -> str:
-        """What a run without a meta module is called in tables."""
-        if self.train_on_meta_alone:
-            return "plain training on the meta set"
-        return "plain training on both sets" if self.train_on_meta else "plain training"
-
-    @property
     def knows_errors(self) -> bool:
         """Whether each label that is trained on is known to be right or wrong; not so where only a file is trusted."""
         kind, column = self._noise
@@ -181,10 +175,9 @@ class LabelledDataArguments:
             raise ValueError(
                 f"meta_repeats={self.meta_repeats} is for train_on_meta=true, which trains on the meta set."
             )
+        self._check_one_of_two()
         if self.train_on_meta_alone:
             self.check_meta_set("train_on_meta_alone")
-            if self.train_on_meta:
-                raise ValueError("train_on_meta adds the meta set, train_on_meta_alone leaves the rest out: set one.")
 
     def _check_noise(self) -> None:
         kind, column = self._noise

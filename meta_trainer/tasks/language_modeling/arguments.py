@@ -4,12 +4,13 @@ from dataclasses import dataclass, field
 
 from meta_trainer.tasks.language_modeling.corruption import CORRUPTIONS
 from meta_trainer.tasks.language_modeling.locations import Location
+from meta_trainer.tasks.trusted_rows import TrustedRowsArguments
 
 LOCATION = "a parquet, json, jsonl, csv or txt file, or DATA[:SUBSET][@SPLIT] of the Hub or a local folder"
 
 
 @dataclass
-class LanguageModelingArguments:
+class LanguageModelingArguments(TrustedRowsArguments):
     """Which texts there are, where each comes from, which of them are trusted, and which are made worse."""
 
     sources: list[str] = field(
@@ -89,13 +90,6 @@ class LanguageModelingArguments:
                 Location.parse(value).check(setting, self.data_dir)
 
     @property
-    def baseline(self) -> str:
-        """What a run without a meta module is called in tables."""
-        if self.train_on_meta_alone:
-            return "plain training on the meta set"
-        return "plain training on both sets" if self.train_on_meta else "plain training"
-
-    @property
     def locations(self) -> dict[str, Location]:
         """Where the texts of each source are, by its name."""
         return {name: Location.parse(value) for name, value in _pairs("sources", self.sources).items()}
@@ -133,8 +127,7 @@ class LanguageModelingArguments:
             self._check_source("corrupt_sources", name)
 
     def _check_trusted(self) -> None:
-        if self.train_on_meta and self.train_on_meta_alone:
-            raise ValueError("train_on_meta adds the meta set, train_on_meta_alone leaves the rest out: set one.")
+        self._check_one_of_two()
         if self.trusted_source is None:
             return
         if self.meta_texts is not None:
