@@ -95,9 +95,10 @@ def class_names(sets: Iterable[Labels]) -> list[str]:
     Labels that are integers are ordered as numbers.
 
     Raises:
-        ValueError: If there are fewer than two.
+        ValueError: If there are fewer than two, or a set has none of those that are trained on.
     """
     loaded = list(sets)
+    _check_overlap(loaded)
     named = list(loaded[0].classes)
     found = {label for labels in loaded for label in (*labels.labels, *labels.noisy_labels)}
     others = found.difference(named)
@@ -106,6 +107,18 @@ def class_names(sets: Iterable[Labels]) -> list[str]:
     if len(classes) < 2:
         raise ValueError(f"{loaded[0].name}: a classifier needs at least two classes, got {', '.join(classes)}.")
     return classes
+
+
+def _check_overlap(sets: list[Labels]) -> None:
+    """Numbers here and names there would be twice as many classes, half of which nothing is learned about."""
+    trained = set(sets[0].noisy_labels)
+    for labels in sets:
+        if trained.isdisjoint(labels.labels):
+            found = [short(", ".join(sorted(names))) for names in (trained, set(labels.labels))]
+            raise ValueError(
+                f"No label of {sets[0].name} to train on ({found[0]}) is one of {labels.name} ({found[1]}): label "
+                "columns should name classes alike."
+            )
 
 
 def _labels(dataset: Dataset, name: str, column: str, rows: list[int], classes: list[str]) -> list[str]:

@@ -133,11 +133,15 @@ class LabelledDataArguments(TrustedRowsArguments):
         joint = self.train_on_meta and (tells_trusted or not with_meta)
         return [train, *[meta] * self.meta_repeats] if joint else [train]
 
-    @property
-    def knows_errors(self) -> bool:
-        """Whether each label that is trained on is known to be right or wrong; not so where only a file is trusted."""
-        kind, column = self._noise
-        return not self.meta_file or kind != self.noise_kinds[0] or bool(column)
+    def trusted_columns(self, column: str) -> tuple[str, ...]:
+        """Columns of which the first that is filled holds what is known of the training set.
+
+        Args:
+            column: Column of its trusted labels. Where the rows of a file are trusted, and rows to train on have noisy
+                labels of their own, it may be missing or empty.
+        """
+        _, noisy = self._noise
+        return (column, noisy) if self.meta_file and noisy else (column,)
 
     def path(self, name: str) -> Path:
         """Return where the file or folder ``name`` is looked up."""

@@ -22,7 +22,7 @@ class DrawnRows:
     Attributes:
         positions: ``[N]``, their positions among the rows that are used.
         record: Their ``row`` (number in the file, from 0), ``label`` (to train on), ``trusted_label`` and
-            ``is_corrupted``.
+            ``is_corrupted``; without these two where only the rows of a file are trusted.
     """
 
     positions: np.ndarray
@@ -60,24 +60,26 @@ def draw_rows(
         arguments.label_noise_share,
         seed if arguments.noise_seed is None else arguments.noise_seed,
     )
-    drawn = _drawn(train, labels, trusted, noisy)
+    # Beside a file of trusted rows, the labels of others count as right only if they are not what is trained on.
+    known = checked is None or bool((noisy != trusted).any())
+    drawn = _drawn(train, labels, trusted, noisy, known)
     if checked is None:
-        return drawn, _drawn(meta, labels, trusted, trusted)
+        return drawn, _drawn(meta, labels, trusted, trusted, known)
     own = label_ids(checked.labels, classes)
-    return drawn, _drawn(np.arange(len(own)), checked, own, own)
+    return drawn, _drawn(np.arange(len(own)), checked, own, own, known)
 
 
-def label_record(rows: Dataset, classes: Sequence[str], arguments: LabelledDataArguments) -> Dataset:
+def label_record(rows: Dataset, classes: Sequence[str]) -> Dataset:
     """Labels by name, as a reader looks them up: see `Task.training_labels`.
 
     Args:
         rows: With the columns of `DrawnRows.record`, and others.
         classes: Names of the classes in the order of their ids.
-        arguments: The settings; trusted labels are left out where these do not know them.
     """
-    names = {column: [classes[label] for label in rows[column]] for column in ("label", "trusted_label")}
-    record = Dataset.from_dict({column: names.get(column, rows[column]) for column in rows.column_names})
-    return record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"])
+    columns = {column: rows[column] for column in rows.column_names}
+    for column in {"label", "trusted_label"}.intersection(columns):
+        columns[column] = [classes[label] for label in columns[column]]
+    return Dataset.from_dict(columns)
 
 
 def mark_trusted(rows: Dataset, num_trusted: int) -> Dataset:
@@ -125,8 +127,8 @@ def _read_file(arguments: LabelledDataArguments, file: str) -> tuple[Dataset, st
     return read_table(path), str(path)
 
 
-def _drawn(chosen: np.ndarray, source: Labels, trusted: np.ndarray, labels: np.ndarray) -> DrawnRows:
-    columns = {
-        "row": np.array(source.rows), "label": labels, "trusted_label": trusted, "is_corrupted": labels != trusted
-    }  # fmt: skip
+def _drawn(chosen: np.ndarray, source: Labels, trusted: np.ndarray, labels: np.ndarray, known: bool) -> DrawnRows:
+    columns = {"row": np.array(source.rows), "label": labels}
+    if known:
+        columns |= {"trusted_label": trusted, "is_corrupted": labels != trusted}
     return DrawnRows(chosen, Dataset.from_dict({name: values[chosen] for name, values in columns.items()}))

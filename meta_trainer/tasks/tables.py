@@ -1,7 +1,7 @@
 """Rows of data: single files, and splits of a Hub data set or of a local folder."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,13 @@ def load_split(path: str, subset: str | None, split: str) -> Dataset:
             f"Data set {path!r}, subset {subset!r}, split {split!r} cannot be loaded from a local folder or "
             f"from the Hub: {error}"
         ) from error
+
+
+def first_filled(dataset: Dataset, columns: Sequence[str]) -> str:
+    """The first of `columns` in which some row holds a value; where none does, the first of them."""
+    found = (column for column in columns if column in dataset.column_names)
+    filled = (column for column in found if any(value is not None for value in dataset[column]))
+    return next(filled, columns[0])
 
 
 def check_columns(dataset: Dataset, name: str, columns: Iterable[str | None]) -> None:

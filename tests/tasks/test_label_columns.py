@@ -1,3 +1,4 @@
+import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from meta_trainer.tasks.label_columns import class_names, read_labels
@@ -15,3 +16,10 @@ def test_noisy_labels_with_names_of_their_own_keep_them():
     names = {"label": ClassLabel(names=["cat", "dog"]), "noisy": ClassLabel(names=["dog", "cat"])}
     dataset = Dataset.from_dict({"label": [0, 1], "noisy": [0, 0]}, features=Features(names))
     assert read_labels(dataset, "pets", [0, 1], "label", "noisy").noisy_labels == ["dog", "dog"]
+
+
+def test_numbers_here_and_names_there_are_refused():
+    numbers = read_labels(Dataset.from_dict({"label": [0, 1]}), "train", [0, 1], "label")
+    names = read_labels(Dataset.from_dict({"label": ["cat", "dog"]}), "test", [0, 1], "label")
+    with pytest.raises(ValueError, match=r"No label of train to train on \('0, 1'\) is one of test \('cat, dog'\)"):
+        class_names([numbers, names])

@@ -88,7 +88,7 @@ def build_image_classification_task(
         pipeline_tag="image-classification",
         baseline=arguments.baseline,
         num_trusted=num_trusted,
-        training_labels=label_record(record, data.classes, arguments),
+        training_labels=label_record(record, data.classes),
     )
 
 

@@ -9,6 +9,7 @@ from meta_trainer.tasks.image_classification.arguments import ImageClassificatio
 from meta_trainer.tasks.image_classification.images import Images, read_images
 from meta_trainer.tasks.label_columns import class_names
 from meta_trainer.tasks.labelled_rows import draw_rows, label_ids, read_meta_file, read_source
+from meta_trainer.tasks.tables import first_filled
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class ImageData:
     Attributes:
         classes: Names of the classes in the order of their ids.
         train: Images to train on, with labels that may be wrong.
-        train_record: Of each, ``row`` (number in the files, from 0), ``label``, ``trusted_label``, ``is_corrupted``.
+        train_record: Of each, ``row`` (number in the files, from 0), ``label``, and where they are known
+            ``trusted_label`` and ``is_corrupted``.
         meta: The meta set, none of whose images is in ``train``; empty where none is set apart.
         meta_record: The same record of these.
         validation: Images with trusted labels, or None.
@@ -75,8 +77,12 @@ def _scored(images: Images, classes: list[str], most: int | None, seed: int) -> 
 def _load(arguments: ImageClassificationArguments, kind: str) -> Images:
     """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
     parts = [read_source(arguments, source) for source in arguments.sources(kind)]
-    columns = (arguments.train_label_column, arguments.exclude_column) if kind == "train" else (None, None)
-    return read_images(parts, arguments.image_column, arguments.label_column, *columns)
+    if kind != "train":
+        return read_images(parts, arguments.image_column, arguments.label_column)
+    # Of several files, the first says what all of them hold.
+    label_column = first_filled(parts[0][0], arguments.trusted_columns(arguments.label_column))
+    columns = (arguments.train_label_column, arguments.exclude_column)
+    return read_images(parts, arguments.image_column, label_column, *columns)
 
 
 def _load_meta(arguments: ImageClassificationArguments) -> Images | None:

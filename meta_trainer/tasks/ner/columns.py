@@ -7,11 +7,15 @@ from datasets import ClassLabel, Dataset
 
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tags import check_iob2
-from meta_trainer.tasks.tables import check_columns
+from meta_trainer.tasks.tables import check_columns, first_filled
 
 
 def read_columns(
-    dataset: Dataset, name: str, tokens_column: str, tags_column: str, exclude_column: str | None = None
+    dataset: Dataset,
+    name: str,
+    tokens_column: str,
+    tags_column: str | tuple[str, ...],
+    exclude_column: str | None = None,
 ) -> Sentences:
     """Read the two columns of a data set; integer tags become the names of the column's classes.
 
@@ -19,12 +23,14 @@ def read_columns(
         dataset: Rows with a list of words and a list of tags of the same length.
         name: What error messages call the data set.
         tokens_column: Column of the words.
-        tags_column: Column of the tags.
+        tags_column: Column of the tags; of several, the first that is filled.
         exclude_column: Boolean column; rows where it is true are left out.
 
     Raises:
         ValueError: If a column is missing, a row is no sentence or a tag not IOB2; it names the place.
     """
+    if not isinstance(tags_column, str):
+        tags_column = first_filled(dataset, tags_column)
     check_columns(dataset, name, (tokens_column, tags_column, exclude_column))
     rows = dataset.select_columns([tokens_column, tags_column]).to_dict()
     sentences = Sentences(name, rows[tokens_column], rows[tags_column])

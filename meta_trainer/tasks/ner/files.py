@@ -12,8 +12,12 @@ CONLL_SUFFIXES = (".conll", ".txt", ".tsv", ".bio")
 FILE_SUFFIXES = (".parquet", ".json", ".jsonl", *CONLL_SUFFIXES)
 
 
-def read_file(path: Path, tokens_column: str, tags_column: str, exclude_column: str | None = None) -> Sentences:
+def read_file(
+    path: Path, tokens_column: str, tags_column: str | tuple[str, ...], exclude_column: str | None = None
+) -> Sentences:
     """Read a file of either kind: a table, or CoNLL, which has no further columns.
+
+    The columns are those of :func:`~meta_trainer.tasks.ner.columns.read_columns`.
 
     Raises:
         ValueError: If it cannot be read, or sentences of a CoNLL file are to be left out by a column.

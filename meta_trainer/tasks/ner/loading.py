@@ -94,7 +94,7 @@ def read_split(
     split: str,
     folder: Path,
     tokens_column: str,
-    tags_column: str,
+    tags_column: str | tuple[str, ...],
     exclude_column: str | None = None,
 ) -> Sentences:
     """Read a split of the embedded corpus, of a local folder or of a Hub data set.
@@ -105,7 +105,7 @@ def read_split(
         split: Name of the split.
         folder: Where ``data`` is looked up first.
         tokens_column: Column of the words.
-        tags_column: Column of the tags.
+        tags_column: Column of the tags; of several, the first that is filled.
         exclude_column: Boolean column; sentences where it is true are left out.
 
     Raises:

@@ -51,6 +51,9 @@ def build_noisy_ner_task(
     num_trusted = len(train) - len(data.train) if with_meta else 0
     recorded = (data.train, data.train_trusted) if num_trusted else (train, trusted)
     record = record_labels(*recorded, tokenizer, arguments.max_length)
+    if arguments.meta_file and data.train.tags == data.train_trusted.tags:
+        # Only the sentences of the file are trusted, and these are what they were.
+        record = record.remove_columns(["trusted_label", "is_corrupted"])
     train_dataset = encode(train, tokenizer, data.tags, arguments.max_length)
     if num_trusted:
         train_dataset = mark_trusted(train_dataset, num_trusted)
@@ -71,5 +74,5 @@ def build_noisy_ner_task(
         pipeline_tag="token-classification",
         baseline=arguments.baseline,
         num_trusted=num_trusted,
-        training_labels=record if arguments.knows_errors else record.remove_columns(["trusted_label", "is_corrupted"]),
+        training_labels=record,
     )

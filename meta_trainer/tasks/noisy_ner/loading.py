@@ -21,8 +21,8 @@ class NoisyNerData:
     Attributes:
         tags: The classes in the order of their ids.
         train: Sentences to train on, their tags as they are to be learned.
-        train_trusted: The same sentences, their tags before any noise is put on them; they may be wrong
-            where only the rows of a file are trusted.
+        train_trusted: The same sentences, their tags before any noise is put on them. Where only the rows of a file
+            are trusted, these may be as wrong, and are the same.
         meta: Sentences with trusted tags, none of which is in ``train``; empty where none is set apart.
         validation: Sentences scored during training, or None.
         test: Sentences scored at the end, or None.
@@ -73,7 +73,8 @@ def load_noisy_ner_data(arguments: NoisyNerArguments, seed: int) -> NoisyNerData
 
 def _load_sets(arguments: NoisyNerArguments) -> dict[str, Sentences]:
     kinds = [kind for kind in ("train", "validation", "test") if arguments.sources(kind)]
-    sets = {kind: _load(arguments, kind, arguments.tags_column) for kind in kinds}
+    trusted = {"train": arguments.trusted_columns(arguments.tags_column)}
+    sets = {kind: _load(arguments, kind, trusted.get(kind, arguments.tags_column)) for kind in kinds}
     if arguments.train_tags_column:
         if sets["train"].lines is not None:
             raise ValueError(
@@ -91,7 +92,7 @@ def _load_sets(arguments: NoisyNerArguments) -> dict[str, Sentences]:
     return {kind: map_entity_types(sentences, tag_map) for kind, sentences in sets.items()}
 
 
-def _load(arguments: NoisyNerArguments, kind: str, tags_column: str) -> Sentences:
+def _load(arguments: NoisyNerArguments, kind: str, tags_column: str | tuple[str, ...]) -> Sentences:
     """Load one set; sentences are left out of the training set only."""
     (source,) = arguments.sources(kind)
     columns = (arguments.tokens_column, tags_column, arguments.exclude_column if kind == "train" else None)

@@ -77,7 +77,7 @@ def build_text_classification_task(
         baseline=arguments.baseline,
         domains=tuple(domains),
         num_trusted=num_trusted,
-        training_labels=label_record(data.train if num_trusted else train, data.classes, arguments),
+        training_labels=label_record(data.train if num_trusted else train, data.classes),
     )
 
 

@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from meta_trainer.tasks.label_columns import class_names
 from meta_trainer.tasks.labelled_rows import DrawnRows, draw_rows, label_ids, read_meta_file, read_source
+from meta_trainer.tasks.tables import first_filled
 from meta_trainer.tasks.text_classification.arguments import GENERATED, TextClassificationArguments
 from meta_trainer.tasks.text_classification.corpus import generate_corpus
 from meta_trainer.tasks.text_classification.texts import Texts, read_texts
@@ -17,8 +18,8 @@ class TextData:
 
     Attributes:
         classes: Names of the classes in the order of their ids.
-        train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), ``trusted_label`` and
-            ``is_corrupted``, and ``domain``, the name of the source, where a column names it.
+        train: Rows of ``row`` (number in the file, from 0), ``text``, ``label`` (to train on), where they are known
+            ``trusted_label`` and ``is_corrupted``, and ``domain``, the name of the source, where a column names it.
         meta: The same of the meta set, none of whose rows is in ``train``; empty where none is set apart. Rows of a
             file of their own name no source.
         validation: Rows of ``text`` and ``label``, or None.
@@ -75,9 +76,11 @@ def _load(arguments: TextClassificationArguments, kind: str) -> Texts:
         dataset, name = generate_corpus(source), f"{GENERATED}, split {source}"
     else:
         dataset, name = read_source(arguments, source)
-    own = (arguments.train_label_column, arguments.exclude_column, arguments.domain_column)
-    columns = own if kind == "train" else (None, None, None)
-    return read_texts(dataset, name, arguments.text_column, arguments.label_column, *columns)
+    if kind != "train":
+        return read_texts(dataset, name, arguments.text_column, arguments.label_column)
+    label_column = first_filled(dataset, arguments.trusted_columns(arguments.label_column))
+    columns = (arguments.train_label_column, arguments.exclude_column, arguments.domain_column)
+    return read_texts(dataset, name, arguments.text_column, label_column, *columns)
 
 
 def _load_meta(arguments: TextClassificationArguments) -> Texts | None:

@@ -4,6 +4,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, Value
 from pictures import picture
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, ViTImageProcessor
@@ -108,6 +109,23 @@ def test_a_file_of_trusted_images_is_the_meta_set_and_leaves_all_others_to_train
         assert_close(found[:, 0], torch.tensor(expected / 255 / 0.5 - 1).float())
     assert method.meta_dataset["labels"][:] == [0, 1] * 3
     assert method.training_labels.column_names == both.training_labels.column_names == ["row", "label"]
+
+
+def test_beside_a_file_of_trusted_images_others_may_have_noisy_labels_alone(small, write_images):
+    def without_label(name: str, numbers: range) -> str:
+        path = write_images(name, numbers, crowd=[int(i % 3 == 0) for i in numbers])
+        Dataset.from_parquet(path).remove_columns("label").to_parquet(path)
+        return path
+
+    files = [without_label("a.parquet", range(20)), without_label("b.parquet", range(20, 32))]
+    settings = {"train_file": files, "train_label_column": "crowd", "test_file": None}
+    checked = write_images("checked.parquet", range(200, 206))
+    with pytest.raises(ValueError, match=r"No label of .*a\.parquet.* \('0, 1'\) is one of .* \('left, right'\)"):
+        build(small(meta_file=checked, **settings))
+    Dataset.from_parquet(checked).cast_column("label", Value("int64")).to_parquet(checked)
+    task = build(small(meta_file=checked, **settings))
+    assert task.training_labels.column_names == ["row", "label"]
+    assert task.training_labels["label"][:] == [str(int(row % 3 == 0)) for row in task.training_labels["row"]]
 
 
 @pytest.mark.parametrize("image_model", ["lenet", "resnet32"])

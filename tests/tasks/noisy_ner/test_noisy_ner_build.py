@@ -159,6 +159,19 @@ def test_a_file_of_trusted_sentences_is_the_meta_set_and_leaves_all_others_to_tr
     assert data.meta.tags == [row["ner_tags"] for row in ROWS]
 
 
+@pytest.mark.parametrize("unknown", [{}, {"ner_tags": None}], ids=["no column", "an empty one"])
+def test_beside_a_file_of_trusted_sentences_others_may_have_noisy_tags_alone(file, tmp_path, unknown):
+    rows = [{"tokens": row["tokens"], "noisy_ner_tags": row["noisy_ner_tags"], **unknown} for row in ROWS]
+    doubtful = tmp_path / "doubtful.jsonl"
+    doubtful.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"train_file": str(doubtful), "train_tags_column": "noisy_ner_tags", "num_meta_examples": 1}
+    task = build(NoisyNerArguments(meta_file=file, **settings))
+    assert task.training_labels.column_names == ["row", "token", "word", "text", "label"]
+    assert [row["label"] for row in task.training_labels.to_list() if row["row"] == 0] == ROWS[0]["noisy_ner_tags"]
+    with pytest.raises(ValueError, match=r"no column 'ner_tags'|expected lists of words and of tags, got .* None"):
+        build(NoisyNerArguments(**settings))
+
+
 def test_a_set_without_sentences_is_refused(generated, tmp_path):
     empty = tmp_path / "empty.parquet"
     Dataset.from_dict({"tokens": [["a"]], "ner_tags": [["O"]]}).select([]).to_parquet(empty)

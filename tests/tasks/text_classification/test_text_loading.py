@@ -133,7 +133,30 @@ def test_a_file_of_trusted_rows_is_the_meta_set_and_leaves_all_others_to_train_o
     assert sorted(data.train["text"]) == [f"t{i}" for i in range(9)]
     assert list(data.meta["text"]) == [f"c{i}" for i in range(5)]
     assert list(data.meta["label"]) == [0, 1, 2, 0, 1]
-    assert not arguments.knows_errors
+    assert "is_corrupted" not in data.train.column_names
     noise = {"label_noise": "flip", "label_noise_share": 0.5}
-    assert TextClassificationArguments(train_file=doubtful, meta_file=checked, **noise).knows_errors
-    assert TextClassificationArguments(train_file=doubtful).knows_errors
+    corrupted = TextClassificationArguments(train_file=doubtful, meta_file=checked, **noise)
+    assert sum(load_text_data(corrupted, seed=0).train["is_corrupted"]) == 4
+    apart = TextClassificationArguments(train_file=doubtful, num_meta_examples=2)
+    assert not any(load_text_data(apart, seed=0).train["is_corrupted"])
+
+
+@pytest.mark.parametrize("unknown", [{}, {"label": None}], ids=["no column", "an empty one"])
+def test_beside_a_file_of_trusted_rows_others_may_have_noisy_labels_alone(write_rows, unknown):
+    doubtful = write_rows("train.jsonl", [{"text": f"t{i}", "rule": "ab"[i % 2], **unknown} for i in range(9)])
+    checked = write_rows("checked.jsonl", [{"text": f"c{i}", "label": "abc"[i % 3]} for i in range(5)])
+    settings = {"train_file": doubtful, "train_label_column": "rule", "num_meta_examples": 2}
+    data = load_text_data(TextClassificationArguments(meta_file=checked, **settings), seed=0)
+    assert data.classes == ["a", "b", "c"]
+    assert [data.classes[label] for label in data.train["label"]] == ["ab"[row % 2] for row in data.train["row"]]
+    assert data.train.column_names == ["row", "text", "label"]
+    with pytest.raises(ValueError, match=r"no column 'label'|column 'label': expected a label"):
+        load_text_data(TextClassificationArguments(**settings), seed=0)
+
+
+def test_labels_that_are_known_are_used_where_a_file_of_trusted_rows_is_given(write_rows):
+    rows = [{"text": f"t{i}", "rule": "a", "label": "ab"[i % 2]} for i in range(8)]
+    checked = write_rows("checked.jsonl", rows[:2])
+    settings = {"train_file": write_rows("train.jsonl", rows), "meta_file": checked, "train_label_column": "rule"}
+    data = load_text_data(TextClassificationArguments(**settings), seed=0)
+    assert data.train["is_corrupted"][:] == [row % 2 == 1 for row in data.train["row"]]

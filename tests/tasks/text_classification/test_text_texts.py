@@ -30,7 +30,8 @@ def test_integers_are_sorted_as_numbers():
 def test_named_classes_keep_their_order_and_other_sets_may_add_to_them():
     texts = read_texts(named([1, 0, 1]), "news", "text", "label")
     assert texts.labels.labels == ["art", "sport", "art"]
-    assert class_names([texts.labels, read([{"text": "a", "label": "bank"}]).labels]) == ["sport", "art", "bank"]
+    further = read([{"text": "a", "label": "bank"}, {"text": "b", "label": "art"}]).labels
+    assert class_names([texts.labels, further]) == ["sport", "art", "bank"]
 
 
 def test_noisy_labels_and_rows_to_leave_out_come_from_columns_of_their_own():
