@@ -1,17 +1,14 @@
 """Settings of a set of labelled rows: where it comes from, which labels are trusted, and how others are corrupted."""
 
-import math
-from collections.abc import Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from meta_trainer.tasks.label_noise import NOISE_KINDS
 from meta_trainer.tasks.locations import check_data, check_file, data_name, locate
 from meta_trainer.tasks.tables import TABLE_SUFFIXES
 from meta_trainer.tasks.trusted_rows import TrustedRowsArguments
 
-Part = TypeVar("Part", bound=Sized)
 FILE_FIELDS = ("train_file", "validation_file", "test_file")
 
 
@@ -72,28 +69,6 @@ class LabelledDataArguments(TrustedRowsArguments):
         default=0,
         metadata={"help": "Seed of both draws; with one seed, a smaller draw is part of a larger one."},
     )
-    train_on_meta: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on the meta set as well, its labels as they are: plain training, or with "
-            "meta_module=meta_weight_net, where these rows count in full. With any other meta module, for the baseline "
-            "only."
-        },
-    )
-    meta_repeats: int = field(
-        default=1,
-        metadata={
-            "help": "Times that an epoch with train_on_meta goes through the meta set, which is much smaller than the "
-            "training set."
-        },
-    )
-    train_on_meta_alone: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on the meta set and on nothing else, repeated until it is as long as the training set would "
-            "be, so that a run has as many steps: the baseline that says what the other rows are worth."
-        },
-    )
     label_noise_share: float = field(
         default=0.0, metadata={"help": "Share of what is trained on (rows, entities) that gets a wrong label."}
     )
@@ -118,20 +93,6 @@ class LabelledDataArguments(TrustedRowsArguments):
         """Raise ValueError unless there are rows of trusted labels for `owner` to learn from."""
         if not (self.meta_file or self.num_meta_examples):
             raise ValueError(f"{owner} needs a meta set: num_meta_examples must be at least 1, got 0.")
-
-    def training_parts(self, train: Part, meta: Part, *, with_meta: bool, tells_trusted: bool) -> list[Part]:
-        """What a run trains on, one part after another: see `train_on_meta` and what comes after it.
-
-        Args:
-            train: Rows whose labels may be wrong.
-            meta: Rows of the meta set.
-            with_meta: Whether the run learns a meta module.
-            tells_trusted: Whether that tells rows of the meta set from others.
-        """
-        if self.train_on_meta_alone and not with_meta:
-            return [meta] * math.ceil(len(train) / len(meta))
-        joint = self.train_on_meta and (tells_trusted or not with_meta)
-        return [train, *[meta] * self.meta_repeats] if joint else [train]
 
     def trusted_columns(self, column: str) -> tuple[str, ...]:
         """Columns of which the first that is filled holds what is known of the training set.
@@ -167,19 +128,13 @@ class LabelledDataArguments(TrustedRowsArguments):
             raise ValueError(f"No {self.rows} to train on: give data or train_file.")
 
     def _check_values(self) -> None:
-        for name in ("max_train_examples", "meta_repeats"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.max_train_examples is not None and self.max_train_examples < 1:
+            raise ValueError(f"max_train_examples must be at least 1, got {self.max_train_examples}.")
         for name in ("num_meta_examples", "subset_seed", "noise_seed"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}.")
-        if self.meta_repeats > 1 and not self.train_on_meta:
-            raise ValueError(
-                f"meta_repeats={self.meta_repeats} is for train_on_meta=true, which trains on the meta set."
-            )
-        self._check_one_of_two()
+        self._check_trusted_rows()
         if self.train_on_meta_alone:
             self.check_meta_set("train_on_meta_alone")
 

@@ -62,17 +62,6 @@ class LanguageModelingArguments(TrustedRowsArguments):
         default=None, metadata={"help": "Seed of the corruption; none: that of the run."}
     )
     subset_seed: int = field(default=0, metadata={"help": "Seed of the draws of texts."})
-    train_on_meta: bool = field(
-        default=False,
-        metadata={"help": "Train on the trusted texts as well: a baseline without a meta module."},
-    )
-    train_on_meta_alone: bool = field(
-        default=False,
-        metadata={
-            "help": "Train on the trusted texts and on nothing else, repeated until they are as many as those of all "
-            "sources: the baseline that says what the sources are worth."
-        },
-    )
     block_length: int = field(
         default=128, metadata={"help": "Tokens of an example: the texts of one source, one after another, cut up."}
     )
@@ -127,7 +116,7 @@ class LanguageModelingArguments(TrustedRowsArguments):
             self._check_source("corrupt_sources", name)
 
     def _check_trusted(self) -> None:
-        self._check_one_of_two()
+        self._check_trusted_rows()
         if self.trusted_source is None:
             return
         if self.meta_texts is not None:

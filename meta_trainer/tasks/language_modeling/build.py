@@ -1,6 +1,5 @@
 """Language modeling on a mixture of sources as a task."""
 
-import math
 from functools import partial
 from itertools import chain
 
@@ -52,17 +51,16 @@ def build_language_modeling_task(
         return Dataset.from_dict({"input_ids": rows, "labels": rows, **numbers})
 
     domains = list(data.train)
-    parts = [blocks(data.train[name], f"source {name!r}", number) for number, name in enumerate(domains)]
+    train = concatenate_datasets(
+        [blocks(data.train[name], f"source {name!r}", number) for number, name in enumerate(domains)]
+    )
     meta = blocks(data.meta, "meta set") if data.meta else None
-    if meta is not None and not with_meta:
-        if arguments.train_on_meta_alone:
-            parts = [meta] * math.ceil(sum(map(len, parts)) / len(meta))
-        elif arguments.train_on_meta:
-            parts.append(meta)
+    if meta is not None:
+        train = concatenate_datasets(arguments.training_parts(train, meta, with_meta=with_meta))
     return Task(
         model_init=partial(make_model, AutoModelForCausalLM, model, config, seed),
         processing_class=tokenizer,
-        train_dataset=concatenate_datasets(parts),
+        train_dataset=train,
         meta_dataset=meta if with_meta else None,
         eval_dataset=blocks(data.validation, "validation_texts") if data.validation else None,
         test_dataset=blocks(data.test, "test_texts") if data.test else None,

@@ -55,6 +55,12 @@ def test_the_trusted_texts_are_trained_on_only_where_the_baseline_says_so(build)
     plain, both = build(with_meta=False), build(with_meta=False, train_on_meta=True)
     assert plain.meta_dataset is both.meta_dataset is None
     assert len(both.train_dataset) == len(plain.train_dataset) + len(build().meta_dataset)
+    twice = build(with_meta=False, train_on_meta=True, meta_repeats=2)
+    assert (
+        twice.train_dataset.to_list()
+        == both.train_dataset.to_list()
+        + build().meta_dataset.add_column("domain", [None] * len(build().meta_dataset)).to_list()
+    )
     assert (plain.baseline, both.baseline) == ("plain training", "plain training on both sets")
     alone, meta = build(with_meta=False, train_on_meta_alone=True), build().meta_dataset
     assert alone.train_dataset.to_list() == meta.to_list() * math.ceil(len(plain.train_dataset) / len(meta))
