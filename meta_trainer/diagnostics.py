@@ -95,7 +95,8 @@ class Diagnostics:
         if share > 0:
             self._warn(
                 f"Train and meta batches overlap: {share:.1%} of the meta examples are in their train batch, too. What "
-                "is learned from them does not generalize. Take the meta set out of the training set."
+                "is learned from them does not generalize. Take the meta set, or what repeats it, out of the training "
+                "set."
             )
         change = means.get("meta/objective_change", 0.0)
         if change > OVERSTEPPED:

@@ -274,13 +274,14 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
     alone = isinstance(task, TrustedRowsArguments) and task.train_on_meta_alone
     if module.meta_module and not run.compare_with_baseline and alone:
         raise ValueError(
-            "`train_on_meta_alone` is for a baseline: a meta module learns on the rows that it leaves out. Leave out "
-            "`meta_module`, or set `compare_with_baseline`."
+            "`train_on_meta_alone` is for a baseline: a meta module learns on the rows that it leaves out. Set it to "
+            "false, leave out `meta_module`, or set `compare_with_baseline`."
         )
     if module.meta_module and not run.compare_with_baseline and _trains_on_meta_in_vain(task, module):
         raise ValueError(
             "`train_on_meta` is for a baseline, or for meta_module='meta_weight_net' alone: another meta module learns "
-            "from rows that the model does not train on. Leave out `meta_module`, or set `compare_with_baseline`."
+            "from rows that the model does not train on. Set it to false, leave out `meta_module`, or set "
+            "`compare_with_baseline`."
         )
 
 
@@ -288,9 +289,9 @@ def _check_reads_label(run: RunArguments, module: MetaModuleArguments) -> None:
     if run.task == "language_modeling" or "meta_weight_net" not in module.meta_module:
         raise ValueError(
             "`weight_net_reads_label` is for meta_module='meta_weight_net' and labels that are classes, got "
-            f"meta_module={module.meta_module} and task={run.task!r}."
+            f"meta_module={module.meta_module} and task={run.task!r}. Set it to false."
         )
-    if module.weight_net_level == "sentence" and run.task in ("ner", "noisy_ner"):
+    if module.weight_net_level == "sentence":
         raise ValueError(
             "`weight_net_reads_label` needs a label for each loss, but with weight_net_level='sentence' a loss belongs "
             "to all labels of a sentence. Leave out one of them."

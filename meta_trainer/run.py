@@ -11,7 +11,7 @@ import pyarrow.parquet
 import torch
 import yaml
 from rich.console import Console
-from transformers import PreTrainedModel, set_seed
+from transformers import IntervalStrategy, PreTrainedModel, set_seed
 from transformers.utils import logging
 
 from meta_trainer.arguments import MetaTrainingArguments
@@ -156,6 +156,12 @@ def _prepare_method(recipe: Recipe, training: MetaTrainingArguments, meta_module
         # Pinned memory is for transfers to an accelerator; without one it is only warned about.
         training.dataloader_pin_memory = False
     task = build_task(recipe, meta_module_names)
+    strategy = IntervalStrategy(training.eval_strategy)
+    if task.eval_dataset is None and strategy is not IntervalStrategy.NO:
+        raise ValueError(
+            f"eval_strategy={strategy.value!r} scores a validation set during training, of which the data "
+            "settings name none: name one, or set eval_strategy to no."
+        )
     model = task.model_init()
     modules = build_meta_modules(recipe.module, model, training.seed, task.domains) if meta_module_names else []
     whole_sentences = "meta_weight_net" in meta_module_names and recipe.module.weight_net_level == "sentence"

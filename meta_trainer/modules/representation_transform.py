@@ -131,7 +131,8 @@ def find_layer(model: nn.Module, layer: int | str) -> nn.Module:
     blocks = _blocks(model)
     if not 1 <= abs(layer) <= len(blocks):
         raise ValueError(
-            f"`layers` counts the model's {len(blocks)} blocks from 1, or from -1 at the end, got {layer}."
+            f"`layers` (of a recipe, `rtn_layers`) counts the model's {len(blocks)} blocks from 1, or from -1 at the "
+            f"end, got {layer}."
         )
     return blocks[layer - 1 if layer > 0 else layer]
 

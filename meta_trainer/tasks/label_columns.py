@@ -39,10 +39,12 @@ def used_rows(dataset: Dataset, name: str, columns: Iterable[str | None], exclud
         exclude_column: Boolean column; rows where it is true are left out.
 
     Raises:
-        ValueError: If a column is missing, or no row is left.
+        ValueError: If a column is missing, `exclude_column` holds anything but booleans, or no row is left.
     """
     check_columns(dataset, name, (*columns, exclude_column))
     excluded = dataset[exclude_column][:] if exclude_column else [False] * len(dataset)
+    if other := [value for value in excluded if value not in (True, False)]:
+        raise ValueError(f"{name}: exclude_column={exclude_column!r} should hold booleans, got {short(other[0])}.")
     rows = [i for i, left_out in enumerate(excluded) if not left_out]
     if not rows:
         raise ValueError(f"{name} holds no row to use.")
@@ -134,11 +136,12 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
 def _label_text(value: Any, names: list[str], where: str) -> str:
     if isinstance(value, str):
         return value
+    # Integers beside a missing one are often stored as floating-point numbers.
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    without = "A row without a label has to be left out; a scored set without labels, by setting it to none."
     if not isinstance(value, int):
-        raise ValueError(f"{where}: expected a label as text or integer, got {short(value)}.")
+        raise ValueError(f"{where}: expected a label as text or integer, got {short(value)}. {without}")
     if names and not 0 <= value < len(names):
-        raise ValueError(
-            f"{where}: label {value} is outside the {len(names)} classes {', '.join(names)}. A split without labels "
-            "is left out by setting it to none."
-        )
+        raise ValueError(f"{where}: label {value} is outside the {len(names)} classes {', '.join(names)}. {without}")
     return names[value] if names else str(value)

@@ -147,7 +147,7 @@ class LabelledDataArguments(TrustedRowsArguments):
         if kind == self.noise_kinds[0] and self.label_noise_share:
             raise ValueError(
                 f"label_noise_share={self.label_noise_share} needs a kind of noise: set label_noise to "
-                f"{' or '.join(self.noise_kinds[1:])}."
+                f"{' or '.join(self.noise_kinds[1:])}, or label_noise_share to 0."
             )
         if kind != self.noise_kinds[0] and column:
             raise ValueError(

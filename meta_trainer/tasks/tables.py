@@ -7,7 +7,9 @@ from typing import Any
 
 import pyarrow.csv
 import pyarrow.parquet
+import yaml
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 JSON_SUFFIXES = (".json", ".jsonl")
 TABLE_SUFFIXES = (".parquet", *JSON_SUFFIXES, ".csv")
@@ -16,7 +18,8 @@ TABLE_SUFFIXES = (".parquet", *JSON_SUFFIXES, ".csv")
 def read_table(path: Path) -> Dataset:
     """Read a parquet file, a CSV file with a header, a JSON list of rows, or JSON rows one a line.
 
-    Read at once into memory: the sets are small, and no cache folder is written.
+    Read at once into memory: the sets are small, and no cache folder is written. Empty cells of a CSV file and keys
+    that a JSON row lacks are None.
 
     Raises:
         ValueError: If the file cannot be read as what its name says, or has a column twice.
@@ -24,7 +27,8 @@ def read_table(path: Path) -> Dataset:
     rows = _json_rows(path) if path.suffix in JSON_SUFFIXES else None
     try:
         if rows is not None:
-            return Dataset.from_list(rows)
+            columns = dict.fromkeys(name for row in rows for name in row)
+            return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
         table = pyarrow.parquet.read_table(path) if path.suffix == ".parquet" else _csv_table(path)
         names = table.column_names
         if len(set(names)) == len(names):
@@ -38,13 +42,19 @@ def read_table(path: Path) -> Dataset:
 
 
 def _csv_table(path: Path) -> pyarrow.Table:
-    options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    return pyarrow.csv.read_csv(path, parse_options=options)
+    # A class may be called NA or null: only empty cells are missing values.
+    missing = pyarrow.csv.ConvertOptions(null_values=[""], strings_can_be_null=True)
+    table = pyarrow.csv.read_csv(
+        path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True), convert_options=missing
+    )
+    if binary := [field.name for field in table.schema if pyarrow.types.is_binary(field.type)]:
+        raise ValueError(f"it should be UTF-8 text, which column {binary[0]!r} is not")
+    return table
 
 
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} should be UTF-8 text: {error}") from error
     whole = text.lstrip().startswith("[")
@@ -81,11 +91,12 @@ def load_split(path: str, subset: str | None, split: str) -> Dataset:
         path, subset = str(Path(path) / subset), None
     try:
         return load_dataset(path, subset, split=split)
-    # What the library raises for a wrong name, subset or split, and without a connection.
-    except (OSError, ValueError, RuntimeError) as error:
+    # What the library raises for a wrong name, subset or split, without a connection, and for files it cannot read.
+    except (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:
+        reason = f"{error} {error.__cause__ or ''}".strip()
         raise ValueError(
             f"Data set {path!r}, subset {subset!r}, split {split!r} cannot be loaded from a local folder or "
-            f"from the Hub: {error}"
+            f"from the Hub: {reason}"
         ) from error
 
 

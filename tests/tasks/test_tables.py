@@ -19,6 +19,41 @@ def test_a_csv_file_may_hold_commas_quotes_and_line_breaks_in_a_text(tmp_path: P
     ]
 
 
+def test_empty_cells_of_a_csv_file_are_missing_and_other_names_of_nothing_are_names(tmp_path: Path):
+    (tmp_path / "a.csv").write_text('text,label\none,\n"",NA\nthree,null\n')
+    rows = read_table(tmp_path / "a.csv").to_list()
+    assert rows == [
+        {"text": "one", "label": None}, {"text": None, "label": "NA"}, {"text": "three", "label": "null"},
+    ]  # fmt: skip
+
+
+def test_keys_that_a_json_row_lacks_are_missing_wherever_the_row_is(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n{"text": "b", "label": "x"}\n')
+    rows = read_table(tmp_path / "a.jsonl").to_list()
+    assert rows == [{"text": "a", "label": None}, {"text": "b", "label": "x"}]
+
+
+def test_a_csv_file_of_another_encoding_is_refused(tmp_path: Path):
+    (tmp_path / "a.csv").write_bytes("text,label\nfianc\u00e9,x\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.csv cannot be read as a table: it should be UTF-8 .* 'text' is not"):
+        read_table(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({"train.jsonl": b'{"text": "a"}\n{"text": "b" "label": "x"}\n'}, "JSON"),
+        ({"train-0.csv": b"text,label\na,x\n", "train-1.csv": b"text,topic\na,x\n"}, "topic"),
+        ({"train.csv": b"text,label\na,x\n", "README.md": b"---\nconfigs: [\n---\n"}, "flow node"),
+    ],
+)
+def test_what_is_wrong_with_the_files_of_a_folder_is_said_in_one_error(tmp_path: Path, files, reason):
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"(?s)split 'train' cannot be loaded .*{reason}"):
+        load_split(str(tmp_path), None, "train")
+
+
 @pytest.mark.parametrize(("name", "content"), [("a.csv", "text,label\none\n"), ("a.csv", ""), ("a.parquet", "x")])
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, name, content):
     (tmp_path / name).write_text(content)

@@ -29,7 +29,7 @@ SIZES = {"train": 1200, "validation": 200, "test": 400}
 def generate_corpus(split: str, seed: int = 0, size: int | None = None) -> Dataset:
     """Generate one split of the corpus, the same for the same arguments.
 
-    A sentence has one or two words of its topic and, now and then, one of another topic.
+    A sentence has one or two words of its topic and, now and then, one of another topic. No two are the same.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
@@ -45,11 +45,14 @@ def generate_corpus(split: str, seed: int = 0, size: int | None = None) -> Datas
     if split not in SIZES:
         raise ValueError(f"The generated corpus has the splits {', '.join(SIZES)}, got {split!r}.")
     generator = random.Random(f"{split} {seed}")
-    rows = [_row(generator) for _ in range(SIZES[split] if size is None else size)]
-    return Dataset.from_list(rows)
+    rows: dict[str, str] = {}
+    while len(rows) < (SIZES[split] if size is None else size):
+        text, topic = _row(generator)
+        rows.setdefault(text, topic)
+    return Dataset.from_dict({"text": list(rows), "label": list(rows.values())})
 
 
-def _row(generator: random.Random) -> dict[str, str]:
+def _row(generator: random.Random) -> tuple[str, str]:
     topic = generator.choice(list(TOPICS))
     other = generator.choice([name for name in TOPICS if name != topic])
     fillers = {
@@ -60,4 +63,4 @@ def _row(generator: random.Random) -> dict[str, str]:
     }
     template = generator.choice(TEMPLATES)
     text = " ".join(fillers[word]() if word in fillers else word for word in template.split())
-    return {"text": text, "label": topic}
+    return text, topic

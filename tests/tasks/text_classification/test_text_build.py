@@ -39,6 +39,14 @@ def test_batches_hold_what_the_model_takes_and_nothing_of_the_noise(generated, t
     assert batch["labels"].shape == (4,)
 
 
+def test_texts_that_are_cut_are_counted(generated, tiny_model, caplog):
+    build(generated(max_length=64), tiny_model)
+    assert not caplog.messages
+    task = build(generated(max_length=4), tiny_model)
+    assert {len(ids) for ids in task.train_dataset["input_ids"]} == {4}
+    assert "108 of 108 texts are cut to 4 sub-tokens (max_length)." in caplog.messages
+
+
 def test_the_record_of_the_labels_goes_with_the_training_rows(generated, tiny_model):
     task = build(generated(label_noise="uniform", label_noise_share=0.5), tiny_model)
     assert task.training_labels.column_names == ["row", "text", "label", "trusted_label", "is_corrupted"]

@@ -21,6 +21,10 @@ def test_every_sentence_names_its_topic_more_often_than_any_other():
         assert counts[row["label"]] == max(counts.values())
 
 
+def test_no_sentence_comes_twice():
+    assert len(set(generate_corpus("train")["text"])) == 1200
+
+
 def test_all_topics_are_about_equally_frequent():
     counts = Counter(generate_corpus("train")["label"])
     assert set(counts) == set(TOPICS)

@@ -202,6 +202,7 @@ def test_weights_beside_trusted_rows_that_are_trained_on_and_by_the_label(tmp_pa
     [
         ({"meta_module": "learned_weight_decay"}, r"got meta_module=\['learned_weight_decay'\]"),
         ({"task": "noisy_ner", "weight_net_level": "sentence"}, "a loss belongs to all labels of a sentence"),
+        ({"weight_net_level": "sentence"}, "a loss belongs to all labels of a sentence"),
         ({"task": "language_modeling"}, "labels that are classes, got .* task='language_modeling'"),
     ],
 )
@@ -250,6 +251,11 @@ def test_every_recipe_runs(file, tmp_path, monkeypatch):
     (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
     assert result["steps"] == 2
     assert ("corrupted_auc" in result["metrics"]) == ("meta_weight_net" in file.stem)
+
+
+def test_scores_during_training_need_a_set_for_them(tmp_path, capsys):
+    assert main(["train", "--config", recipe(tmp_path, validation_split=None)]) == 2
+    assert "eval_strategy='steps' scores a validation set during training, of which" in capsys.readouterr().err
 
 
 def test_the_recipe_of_meta_weight_net_sets_clean_questions_apart_and_flips_two_labels_in_five():
