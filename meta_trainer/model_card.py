@@ -1,4 +1,4 @@
-"""The meta module's section of a model card."""
+"""Sections of a model card: how to load a model of this package, and what was meta-learned beside it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from meta_trainer.arguments import MetaTrainingArguments
 from meta_trainer.modules import MetaModule, MetaModuleList
 
 TAGS = ("meta-learning", "meta-trainer")
+
+_LOADING = """
+## Loading the model
+
+The class of this model comes with `meta_trainer`; `transformers` does not know it before it is imported. In the
+folder of this card:
+
+```python
+from {module} import {kind}
+
+model = {kind}.from_pretrained(".")
+```
+"""
 
 _SECTION = """
 ## Meta-learning
@@ -44,6 +57,16 @@ _IF_SET = (
     "meta_delay_steps",
 )
 _UNSET = (False, 0.0, "none", "sgd")
+
+
+def add_loading_section(card_file: Path, model: nn.Module) -> None:
+    """Append how `model` is loaded to the model card at `card_file`, if its class is one of this package."""
+    # Wrappers put classes of their own before it.
+    kinds = [kind for kind in type(model).__mro__ if kind.__module__.startswith(f"{__package__}.")]
+    if kinds:
+        card = ModelCard.load(card_file, ignore_metadata_errors=True)
+        card.text = card.text.rstrip() + "\n" + _LOADING.format(module=kinds[0].__module__, kind=kinds[0].__name__)
+        card.save(card_file)
 
 
 def add_meta_section(card_file: Path, meta_module: MetaModule, args: MetaTrainingArguments) -> None:

@@ -32,7 +32,7 @@ from meta_trainer.diagnostics import Diagnostics
 from meta_trainer.meta_data import MetaDataStream
 from meta_trainer.meta_optimizer import all_finite
 from meta_trainer.meta_update import SkippedSteps
-from meta_trainer.model_card import add_meta_section
+from meta_trainer.model_card import add_loading_section, add_meta_section
 from meta_trainer.objective import ObjectiveTrainer
 from meta_trainer.schedule_free import averages, iterates, restore_iterates, set_training_mode
 from meta_trainer.sharding import holds_optimizer
@@ -264,7 +264,10 @@ class ResumableTrainer(ObjectiveTrainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's model card, with a section on the meta module."""
+        """Trainer's model card, with sections on loading a model of this package and on the meta module."""
         super().create_model_card(*args, **kwargs)
-        if self.meta_module is not None and self.is_world_process_zero():
+        if not self.is_world_process_zero():
+            return
+        add_loading_section(self._folder() / "README.md", self.model)
+        if self.meta_module is not None:
             add_meta_section(self._folder() / "README.md", self.meta_module, self.args)

@@ -47,6 +47,8 @@ class SettingsParser(HfArgumentParser):
         self._actions_by_key = {a.dest: a for a in self._actions if a.dest in hints}
         self._optional = {name for name, hint in hints.items() if NoneType in get_args(hint)}
         self._emptied_by_none = self._optional - NONE_IS_A_VALUE
+        # Asked before a recipe's values become the defaults.
+        self._lists_emptied_by_none = {a.dest for a in self._actions if a.nargs == "+" and a.default == []}
         self._number_or_word = {name for name, hint in hints.items() if {float, str} <= {*get_args(hint)}}
         self._truth_values = {name for name, hint in hints.items() if bool in (hint, *get_args(hint))}
         self._mappings = {
@@ -99,6 +101,12 @@ class SettingsParser(HfArgumentParser):
                 return float(arg_string)
         return super()._get_value(action, arg_string)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        """The value of one setting; `none` alone empties a list that is empty by default."""
+        if arg_strings == ["none"] and action.dest in self._lists_emptied_by_none:
+            return []
+        return super()._get_values(action, arg_strings)
+
     def help_tables(self, everything: bool = False) -> Iterator[Table]:
         """One table of keys, defaults and meanings for each group; of Trainer's fields the common ones or all."""
         shown: set[str] = set()
@@ -130,6 +138,8 @@ class SettingsParser(HfArgumentParser):
     def _converted(self, key: str, value: Any, source: str) -> Any:
         """`value` as the command line would have given it."""
         action = self._actions_by_key[key]
+        if value in (None, "none", ["none"]) and key in self._lists_emptied_by_none:
+            return []
         if value is None:
             if key not in self._optional and action.default is not None:
                 raise ValueError(f"{source}: `{key}` should have a value, got none.")

@@ -56,6 +56,31 @@ def test_none_empties_an_optional_setting_of_trainer_but_reports_to_none(tmp_pat
     assert training.report_to == []
 
 
+@pytest.mark.parametrize("none", [None, "none", ["none"], []])
+def test_none_alone_empties_a_list_that_is_empty_by_default(tmp_path, none):
+    file = recipe_file(tmp_path, map_tags=["PER=O"], meta_module=["meta_weight_net"])
+    recipe = read_recipe(file, ["--map_tags", "none", "--meta_module", "none"])
+    assert recipe.task.map_tags == recipe.module.meta_module == []
+    assert read_recipe(file, []).task.map_tags == ["PER=O"]
+    emptied = recipe_file(tmp_path, map_tags=none)
+    assert read_recipe(emptied, []).task.map_tags == []
+    assert read_recipe(emptied, ["--map_tags", "PER=O"]).task.map_tags == ["PER=O"]
+
+
+def test_none_beside_other_values_or_in_a_list_with_a_default_is_a_value(tmp_path):
+    file = recipe_file(tmp_path)
+    with pytest.raises(ValueError, match=r"map_tags: expected entries such as .*, got 'none'"):
+        read_recipe(file, ["--map_tags", "none", "PER=O"])
+    assert read_recipe(file, ["--rtn_layers", "none"]).module.rtn_layers == ["none"]
+
+
+def test_a_mixture_recipe_takes_sources_of_ones_own(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("a text\n")
+    own = ["--sources", f"a={tmp_path}/a.txt", f"b={tmp_path}/b.txt", "--trusted_source", "a"]
+    assert read_recipe("mixture/plain", [*own, "--corrupt_sources", "none"]).task.corruptions == {}
+
+
 def test_a_guard_of_none_is_no_guard_and_not_the_default(tmp_path):
     file = recipe_file(tmp_path, noise="guided", meta_guard="none")
     assert read_recipe(file, []).training.meta_guard == "none"

@@ -1,17 +1,18 @@
 """The images of a domain, decoded once and kept in memory."""
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow
-from datasets import Dataset, Image
+from datasets import Dataset
 
 from meta_trainer.tasks.few_shot.arguments import PARQUET, FewShotArguments
+from meta_trainer.tasks.label_columns import read_labels, used_rows
 from meta_trainer.tasks.locations import locate
-from meta_trainer.tasks.tables import check_columns, load_split, read_table
+from meta_trainer.tasks.pictures import read_picture, stored_images
+from meta_trainer.tasks.tables import load_split, read_table
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ def load_domain(arguments: FewShotArguments, name: str) -> Domain:
     """
     place = arguments.places[name]
     dataset = _read(arguments, place)
-    check_columns(dataset, place, (arguments.image_column, arguments.label_column))
-    labels = dataset[arguments.label_column][:]
-    if any(label is None for label in labels):
-        raise ValueError(f"{place}: every image needs a {arguments.label_column}, got none in some rows.")
-    _, classes = np.unique(np.asarray(labels), return_inverse=True)
+    columns = (arguments.image_column, arguments.label_column)
+    used = used_rows(dataset, place, columns, None)
+    # For its checks: classes keep the order of the values, which names would not.
+    read_labels(dataset, place, used, arguments.label_column)
+    _, classes = np.unique(np.asarray(dataset[arguments.label_column][:]), return_inverse=True)
     kept = [np.flatnonzero(classes == number)[: arguments.max_images_per_class] for number in np.unique(classes)]
-    chosen = np.concatenate(kept)
-    images = _decode(dataset.select(chosen), place, arguments.image_column, arguments.image_size)
+    images = _decode(dataset, place, np.concatenate(kept).tolist(), arguments)
     limits = np.cumsum([0, *map(len, kept)])
     return Domain(name, images, [np.arange(start, end) for start, end in pairwise(limits)])
 
@@ -60,15 +60,12 @@ def _read(arguments: FewShotArguments, place: str) -> Dataset:
     return load_split(str(path) if path.is_dir() else place, None, arguments.domain_split)
 
 
-def _decode(dataset: Dataset, place: str, column: str, size: int) -> np.ndarray:
-    images = np.empty((len(dataset), 3, size, size), dtype=np.uint8)
-    try:
-        rows: Any = dataset.select_columns([column]).cast_column(column, Image(mode="RGB"))
-        for number, row in enumerate(rows):
-            image = row[column]  # of the Python Imaging Library
-            image = image if image.size == (size, size) else image.resize((size, size))
-            images[number] = np.asarray(image).transpose(2, 0, 1)
-    # What the libraries raise for columns of another kind, rows without an image and files that are none.
-    except (OSError, ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{place}: the column {column!r} should hold images: {str(error)[:300]}") from error
+def _decode(dataset: Dataset, place: str, rows: list[int], arguments: FewShotArguments) -> np.ndarray:
+    column, size = arguments.image_column, arguments.image_size
+    stored = stored_images(dataset, place, column, rows, partial(locate, data_dir=arguments.data_dir))
+    images = np.empty((len(rows), 3, size, size), dtype=np.uint8)
+    for number, row in enumerate(rows):
+        image = read_picture(stored[row][column], "RGB", f"{place}, row {row + 1}")
+        image = image if image.size == (size, size) else image.resize((size, size))
+        images[number] = np.asarray(image).transpose(2, 0, 1)
     return images

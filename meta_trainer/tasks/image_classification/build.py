@@ -11,20 +11,20 @@ from meta_trainer.tasks.classifier import class_maps, make_model, pretrained_con
 from meta_trainer.tasks.image_classification.arguments import ImageClassificationArguments
 from meta_trainer.tasks.image_classification.cifar_resnet import CifarResNetConfig
 from meta_trainer.tasks.image_classification.image_classifier import ImageClassifierConfig
-from meta_trainer.tasks.image_classification.images import PIXELS, decode
 from meta_trainer.tasks.image_classification.lenet import LeNetConfig
 from meta_trainer.tasks.image_classification.loading import ImageData, load_image_data
 from meta_trainer.tasks.image_classification.pixels import ImageTransform, ProcessedPixels, ReadPixels, ResizedPixels
 from meta_trainer.tasks.labelled_rows import label_record, mark_trusted
 from meta_trainer.tasks.metrics import classification_scores
 from meta_trainer.tasks.model import ModelArguments
+from meta_trainer.tasks.pictures import decode
 from meta_trainer.tasks.task import Task
 
 CONFIGS: dict[str, Callable[..., ImageClassifierConfig]] = {
     "lenet": LeNetConfig,
     **{f"resnet{6 * n + 2}": partial(CifarResNetConfig, blocks_per_stage=n) for n in (1, 3, 5)},
 }
-GREY_MODES = ("1", "L", "LA", "I", "F", "I;16")
+GREY_MODES = ("1", "L", "LA", "I", "I;16", "I;16B")
 
 
 def build_image_classification_task(
@@ -93,8 +93,8 @@ def build_image_classification_task(
 
 
 def _make_config(arguments: ImageClassificationArguments, data: ImageData) -> ImageClassifierConfig:
-    """Config of a model that is trained from scratch on images like the first one."""
-    first = decode(data.train[0][PIXELS])
+    """Config of a model that is trained from scratch on images like the first one of the files."""
+    first = decode(data.first_image, "The first image")
     num_channels = 1 if first.mode in GREY_MODES else 3
     for name in ("image_mean", "image_std"):
         if len(getattr(arguments, name)) not in (1, num_channels):
@@ -104,13 +104,18 @@ def _make_config(arguments: ImageClassificationArguments, data: ImageData) -> Im
         raise ValueError(
             f"random_crop_padding={arguments.random_crop_padding} must be less than the {size} pixels of an image."
         )
-    return CONFIGS[arguments.image_model](
-        image_size=size,
-        num_channels=num_channels,
-        image_mean=arguments.image_mean,
-        image_std=arguments.image_std,
-        **class_maps(data.classes),
-    )
+    try:
+        return CONFIGS[arguments.image_model](
+            image_size=size,
+            num_channels=num_channels,
+            image_mean=arguments.image_mean,
+            image_std=arguments.image_std,
+            **class_maps(data.classes),
+        )
+    except ValueError as error:
+        if arguments.image_size is not None:
+            raise
+        raise ValueError(f"{error} That is the size of the first image: image_size sets another.") from error
 
 
 def _load_processor(model: ModelArguments) -> BaseImageProcessor:

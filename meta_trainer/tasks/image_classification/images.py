@@ -1,16 +1,16 @@
 """Labelled images from the columns of a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from pathlib import Path
+from reprlib import repr as short
 
 import numpy as np
-import pyarrow
-import pyarrow.compute
-from datasets import Dataset, Image, concatenate_datasets
-from PIL import Image as PillowImage
+from datasets import Dataset, concatenate_datasets
 
 from meta_trainer.tasks.label_columns import Labels, read_labels, used_rows
+from meta_trainer.tasks.pictures import stored_images
 
 PIXELS = "pixel_values"
 LABELS = "labels"
@@ -43,16 +43,20 @@ class Images:
 
 
 def read_images(
-    parts: Sequence[tuple[Dataset, str]],
+    dataset: Dataset,
+    name: str,
+    find: Callable[[str], Path],
     image_column: str,
     label_column: str,
     noisy_label_column: str | None = None,
     exclude_column: str | None = None,
 ) -> Images:
-    """Read images and labels; images are decoded when they are needed.
+    """Read images and labels of a file or a split; images are decoded when they are needed.
 
     Args:
-        parts: Rows with an image and a label, and what error messages call them; numbered through.
+        dataset: Rows with an image and a label.
+        name: What error messages call it.
+        find: Where the file of an image is looked up.
         image_column: Column of the images: files, or their content.
         label_column: Column of the trusted labels.
         noisy_label_column: Column of the labels to train on; None: the trusted ones.
@@ -61,59 +65,50 @@ def read_images(
     Raises:
         ValueError: If a column is missing, there is no row, or a row has no image or no label; it names the row.
     """
-    columns = (image_column, label_column, noisy_label_column)
-    for dataset, name in parts:
-        used_rows(dataset, name, columns, exclude_column)
-    name = ", ".join(name for _, name in parts)
-    dataset = _joined([dataset for dataset, _ in parts], name)
-    rows = used_rows(dataset, name, columns, exclude_column)
-    images = _stored_images(dataset, name, image_column)
-    stored = images.data.column(PIXELS)
-    missing = pyarrow.compute.and_(
-        *(pyarrow.compute.is_null(pyarrow.compute.struct_field(stored, part)) for part in ("bytes", "path"))
-    )
-    if empty := sorted(set(np.flatnonzero(missing.to_numpy()).tolist()).intersection(rows)):
-        raise ValueError(f"{name}, row {empty[0] + 1}: expected an image in {image_column!r}, got None.")
-    return Images(images, read_labels(dataset, name, rows, label_column, noisy_label_column))
+    rows = used_rows(dataset, name, (image_column, label_column, noisy_label_column), exclude_column)
+    labels = read_labels(dataset, name, rows, label_column, noisy_label_column)
+    images = stored_images(dataset, name, image_column, rows, find)
+    return Images(images if image_column == PIXELS else images.rename_column(image_column, PIXELS), labels)
 
 
-def decode(stored: dict[str, Any]) -> PillowImage.Image:
-    """Decode an image.
+def join_images(files: Sequence[Images]) -> Images:
+    """Put files together, whose rows are numbered through.
 
     Args:
-        stored: Its ``bytes``, or the ``path`` of its file.
+        files: In their order. The classes that they name are those of the first, then others of the next.
 
     Raises:
-        ValueError: If it is no image.
+        ValueError: If labels of one are numbers, and those of another the names of classes.
     """
-    try:
-        image: PillowImage.Image = Image().decode_example(stored)
-    # What Pillow raises for a missing, truncated or damaged file, and for one that is a bomb.
-    except (OSError, ValueError, SyntaxError, PillowImage.DecompressionBombError) as error:
-        raise ValueError(f"An image of the data cannot be read: {str(error)[:300]}") from error
-    return image
+    if len(files) == 1:
+        return files[0]
+    parts = [images.labels for images in files]
+    _check_alike(parts)
+    starts = accumulate((len(images.images) for images in files), initial=0)
+    labels = Labels(
+        name=", ".join(part.name for part in parts),
+        labels=[label for part in parts for label in part.labels],
+        noisy_labels=[label for part in parts for label in part.noisy_labels],
+        rows=[start + row for start, part in zip(starts, parts, strict=False) for row in part.rows],
+        classes=tuple(dict.fromkeys(name for part in parts for name in part.classes)),
+    )
+    return Images(concatenate_datasets([images.images for images in files]), labels)
 
 
-def _joined(datasets: list[Dataset], name: str) -> Dataset:
-    try:
-        return concatenate_datasets(datasets)
-    except (ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{name} should have the same columns to be read as one set: {str(error)[:300]}") from error
+def _check_alike(parts: Sequence[Labels]) -> None:
+    """Numbers here and names there would be twice as many classes."""
+    found = {part.name: {*part.classes, *part.labels, *part.noisy_labels} for part in parts}
+    numbers = [name for name, labels in found.items() if all(map(_is_number, labels))]
+    names = [name for name in found if name not in numbers]
+    named = set().union(*(found[name] for name in names))
+    for name in numbers:
+        if names and named.isdisjoint(found[name]):
+            shown = [short(", ".join(sorted(found[file]))) for file in (name, names[0])]
+            raise ValueError(
+                f"Labels of {name} are numbers ({shown[0]}), and those of {names[0]} are names ({shown[1]}): label "
+                "columns of all files should name classes alike."
+            )
 
 
-def _stored_images(dataset: Dataset, name: str, column: str) -> Dataset:
-    """The images alone, each as a path or as the content of its file."""
-    found = dataset.features[column]
-    images = dataset.select_columns([column]).rename_column(column, PIXELS)
-    try:
-        return images.cast_column(PIXELS, Image(decode=False))
-    except (ValueError, TypeError, KeyError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{name}: expected images in {image_kinds(column)}, got {str(found)[:100]}. Name their column with "
-            "image_column."
-        ) from error
-
-
-def image_kinds(column: str) -> str:
-    """Say what a column of images may hold."""
-    return f"{column!r} (the Image feature, files, or their content)"
+def _is_number(label: str) -> bool:
+    return label.removeprefix("-").isdecimal()

@@ -1,12 +1,14 @@
 """From settings to labelled sets: where each comes from, which images are trusted, and which labels are wrong."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from meta_trainer.tasks.image_classification.arguments import ImageClassificationArguments
-from meta_trainer.tasks.image_classification.images import Images, read_images
+from meta_trainer.tasks.image_classification.images import PIXELS, Images, join_images, read_images
 from meta_trainer.tasks.label_columns import class_names
 from meta_trainer.tasks.labelled_rows import draw_rows, label_ids, read_meta_file, read_source
 from meta_trainer.tasks.tables import first_filled
@@ -25,6 +27,7 @@ class ImageData:
         meta_record: The same record of these.
         validation: Images with trusted labels, or None.
         test: The same, or None.
+        first_image: The first image of the training files, as it is stored, whichever are drawn.
     """
 
     classes: list[str]
@@ -34,6 +37,7 @@ class ImageData:
     meta_record: Dataset
     validation: Dataset | None
     test: Dataset | None
+    first_image: dict[str, Any]
 
 
 def load_image_data(arguments: ImageClassificationArguments, seed: int) -> ImageData:
@@ -62,6 +66,7 @@ def load_image_data(arguments: ImageClassificationArguments, seed: int) -> Image
         meta_record=meta.record,
         validation=scored.get("validation"),
         test=scored.get("test"),
+        first_image=train.images[train.labels.rows[0]][PIXELS],
     )
 
 
@@ -78,13 +83,31 @@ def _load(arguments: ImageClassificationArguments, kind: str) -> Images:
     """Load one set; noisy labels and the column of rows to leave out are for the training set only."""
     parts = [read_source(arguments, source) for source in arguments.sources(kind)]
     if kind != "train":
-        return read_images(parts, arguments.image_column, arguments.label_column)
-    # Of several files, the first says what all of them hold.
-    label_column = first_filled(parts[0][0], arguments.trusted_columns(arguments.label_column))
-    columns = (arguments.train_label_column, arguments.exclude_column)
-    return read_images(parts, arguments.image_column, label_column, *columns)
+        return join_images([_read(arguments, part, arguments.label_column) for part in parts])
+    further = (arguments.train_label_column, arguments.exclude_column)
+    columns = [first_filled(dataset, arguments.trusted_columns(arguments.label_column)) for dataset, _ in parts]
+    files = [_read(arguments, part, column, *further) for part, column in zip(parts, columns, strict=True)]
+    _check_filled_alike(files, columns, arguments.label_column)
+    return join_images(files)
 
 
 def _load_meta(arguments: ImageClassificationArguments) -> Images | None:
     found = read_meta_file(arguments)
-    return None if found is None else read_images([found], arguments.image_column, arguments.label_column)
+    return None if found is None else _read(arguments, found, arguments.label_column)
+
+
+def _read(
+    arguments: ImageClassificationArguments, part: tuple[Dataset, str], label_column: str, *further: str | None
+) -> Images:
+    return read_images(*part, arguments.path, arguments.image_column, label_column, *further)
+
+
+def _check_filled_alike(files: Sequence[Images], columns: Sequence[str], label_column: str) -> None:
+    """Of some images, what is trained on would count as right, of others as noisy."""
+    names = {column: images.labels.name for images, column in zip(files, columns, strict=True)}
+    filled = names.pop(label_column, None)
+    if filled and names:
+        raise ValueError(
+            f"label_column={label_column!r} holds labels in {filled}, but none in {', '.join(names.values())}: files "
+            "to train on should have them in all rows, or, beside a meta_file, in none. Fill the column, or drop it."
+        )

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers.image_processing_utils import BaseImageProcessor
 
 from meta_trainer.modules.input_rotation import rotate
-from meta_trainer.tasks.image_classification.images import PIXELS, decode
+from meta_trainer.tasks.image_classification.images import PIXELS
+from meta_trainer.tasks.pictures import read_picture
 
 ReadPixels = Callable[[list[dict[str, Any]]], Tensor]
 """From stored images to normalised pixels ``[B, C, H, W]``."""
@@ -51,8 +52,7 @@ class ResizedPixels:
 
 def _resized(content: bytes | None, path: str | None, size: int, num_channels: int) -> np.ndarray:
     """An image as bytes ``[H, H, C]``."""
-    image, mode = decode({"bytes": content, "path": path}), "L" if num_channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)
+    image = read_picture({"bytes": content, "path": path}, "L" if num_channels == 1 else "RGB")
     image = image if image.size == (size, size) else image.resize((size, size), Resampling.BILINEAR)
     return np.asarray(image).reshape(size, size, num_channels)
 
@@ -72,7 +72,7 @@ class ProcessedPixels:
 
     def __call__(self, stored: list[dict[str, Any]]) -> Tensor:
         """Pixels ``[B, C, H, W]``."""
-        images = [decode(image).convert("RGB") for image in stored]
+        images = [read_picture(image, "RGB") for image in stored]
         pixels: Tensor = self.processor(images, return_tensors="pt")[PIXELS]
         return pixels
 

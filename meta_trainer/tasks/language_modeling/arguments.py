@@ -55,7 +55,7 @@ class LanguageModelingArguments(TrustedRowsArguments):
         default_factory=list,
         metadata={
             "help": "Sources to make worse, each NAME=KIND: 'shuffle' puts the words of each text in a random order, "
-            "'random' replaces every word by random letters."
+            "'random' replaces every word by random letters; none: no source."
         },
     )
     corruption_seed: int | None = field(

@@ -4,12 +4,11 @@ from functools import partial
 from itertools import chain
 
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from meta_trainer.modules.domain_weights import DOMAIN_COLUMN
-from meta_trainer.tasks.classifier import make_model
 from meta_trainer.tasks.language_modeling.arguments import LanguageModelingArguments
-from meta_trainer.tasks.language_modeling.decoder import make_decoder_config
+from meta_trainer.tasks.language_modeling.decoder import make_decoder, make_decoder_config
 from meta_trainer.tasks.language_modeling.loading import LanguageData, load_language_data
 from meta_trainer.tasks.language_modeling.metrics import language_scores, token_scores
 from meta_trainer.tasks.language_modeling.packing import pack
@@ -58,7 +57,7 @@ def build_language_modeling_task(
     if meta is not None:
         train = concatenate_datasets(arguments.training_parts(train, meta, with_meta=with_meta))
     return Task(
-        model_init=partial(make_model, AutoModelForCausalLM, model, config, seed),
+        model_init=partial(make_decoder, model, config, seed),
         processing_class=tokenizer,
         train_dataset=train,
         meta_dataset=meta if with_meta else None,

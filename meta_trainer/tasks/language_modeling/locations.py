@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from os.path import isfile
 from pathlib import Path
 from reprlib import repr as short
 
 from datasets import Dataset
 
+from meta_trainer.tasks.label_columns import read_names
 from meta_trainer.tasks.locations import check_data, check_file, locate
 from meta_trainer.tasks.tables import TABLE_SUFFIXES, check_columns, load_split, read_table
 from meta_trainer.tasks.text_classification.corpus import SIZES, TOPICS, generate_corpus
@@ -61,35 +63,40 @@ class Location:
 
     def check(self, setting: str, data_dir: str | None) -> None:
         """Raise ValueError if there is no such file or folder, or topic of the embedded corpus."""
-        if self.is_file:
+        if self.data == GENERATED:
+            self._check_generated(setting)
+        # A file of another kind is no name to ask the Hub for.
+        elif self.is_file or isfile(locate(self.data, data_dir)):
             check_file(setting, self.data, data_dir, SUFFIXES)
-        elif self.data != GENERATED:
+        else:
             check_data(setting, self.data, data_dir)
-        elif self.subset not in (None, *TOPICS) or self.split not in SIZES:
-            raise ValueError(
-                f"{setting}: the generated corpus has the topics {', '.join(TOPICS)} and the splits "
-                f"{', '.join(SIZES)}, got {self}."
-            )
 
     def read(self, data_dir: str | None, text_column: str, domain_column: str | None = None) -> list[tuple[str, str]]:
         """Texts, each with the name of its domain; without a column of names that is empty.
 
         Raises:
-            ValueError: If a column is missing, there is no text, or a row has none; it names the row.
+            ValueError: If a column is missing, there is no text, or a row has none or no domain; it names the row.
         """
         rows, column = self._rows(data_dir), text_column
         if self.data == GENERATED or self.data.endswith(TEXT_SUFFIX):
             column = "text"
         check_columns(rows, str(self), (column, domain_column))
-        domains = [""] * len(rows) if domain_column is None else [str(name) for name in rows[domain_column]]
         texts = list(rows[column])
         for number, text in enumerate(texts, 1):
             if not isinstance(text, str):
                 raise ValueError(f"{self}, row {number}: expected a text in {column!r}, got {short(text)}.")
-        found = [(text, domain) for text, domain in zip(texts, domains, strict=True) if text.strip()]
-        if not found:
+        used = [i for i, text in enumerate(texts) if text.strip()]
+        if not used:
             raise ValueError(f"{self} holds no text.")
-        return found
+        domains = [""] * len(used) if domain_column is None else read_names(rows, str(self), used, domain_column)
+        return [(texts[i], domain) for i, domain in zip(used, domains, strict=True)]
+
+    def _check_generated(self, setting: str) -> None:
+        if self.subset not in (None, *TOPICS) or self.split not in SIZES:
+            raise ValueError(
+                f"{setting}: the generated corpus has the topics {', '.join(TOPICS)} and the splits "
+                f"{', '.join(SIZES)}, got {self}."
+            )
 
     def _rows(self, data_dir: str | None) -> Dataset:
         path = locate(self.data, data_dir)
@@ -97,10 +104,7 @@ class Location:
             rows = generate_corpus(self.split)
             return rows if self.subset is None else rows.filter(lambda row: row["label"] == self.subset)
         if self.data.endswith(TEXT_SUFFIX):
-            try:
-                return Dataset.from_dict({"text": path.read_text(encoding="utf-8").splitlines()})
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path} should be UTF-8 text: {error}") from error
+            return Dataset.from_dict({"text": _lines(path)})
         if self.is_file:
             return read_table(path)
         return load_split(str(path) if path.is_dir() else self.data, self.subset, self.split)
@@ -108,3 +112,13 @@ class Location:
     def __str__(self) -> str:
         """As in settings, the split spelled out."""
         return self.data if self.is_file else f"{self.data}{f':{self.subset}' if self.subset else ''}@{self.split}"
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a text file; a text may hold the rarer line separators, at which str.splitlines would cut it."""
+    try:
+        # Of the bytes, because opened as text a file also ends its lines at carriage returns.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} should be UTF-8 text: {error}") from error
+    return [line.removesuffix("\r") for line in text.split("\n")]

@@ -68,7 +68,7 @@ class NerArguments:
     tags_column: str = field(default="ner_tags", metadata={"help": "Column with the IOB2 tag of each word."})
     map_tags: list[str] = field(
         default_factory=list,
-        metadata={"help": "Entity types to rename or drop: PERSON=PER, DATE=O. Applies to both languages."},
+        metadata={"help": "Entity types to rename or drop in both languages: PERSON=PER, DATE=O; none: keep them all."},
     )
     exclude_column: str | None = field(
         default=None, metadata={"help": "Boolean column; training sentences where it is true are left out."}

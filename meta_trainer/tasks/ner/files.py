@@ -5,7 +5,7 @@ from pathlib import Path
 
 from meta_trainer.tasks.ner.columns import read_columns
 from meta_trainer.tasks.ner.sentences import Sentences
-from meta_trainer.tasks.ner.tags import check_iob2
+from meta_trainer.tasks.ner.tags import check_iob2, is_iob2
 from meta_trainer.tasks.tables import read_table
 
 CONLL_SUFFIXES = (".conll", ".txt", ".tsv", ".bio")
@@ -32,41 +32,59 @@ def read_file(
 def read_conll(path: Path) -> Sentences:
     """Read one word a line, the word first and its tag last; an empty line ends a sentence.
 
+    Columns are separated by tabs or spaces, not by the other blanks of Unicode, which belong to a word. A line that
+    starts with ``#`` and ends in no tag is a comment.
+
     Raises:
-        ValueError: If a line has no tag, a tag is not IOB2, or there is no sentence; it names the line.
+        ValueError: If a line has no tag, a tag is not IOB2, the first column only numbers the words, or there is no
+            sentence; it names the line.
     """
-    sentences = Sentences(str(path), [], [], [])
+    lines: list[list[int]] = []
+    sentences = Sentences(str(path), [], [], lines)
     for block in _blocks(path):
-        tokens, tags = [], []
-        for number, line in block:
-            columns = line.split("\t") if "\t" in line else line.split()
+        for number, columns in block:
             if len(columns) < 2:
-                raise ValueError(f"{path}, line {number}: expected a word and its tag, got {line!r}.")
-            tokens.append(columns[0])
-            tags.append(columns[-1].strip())
-        sentences.tokens.append(tokens)
-        sentences.tags.append(tags)
-        if sentences.lines is not None:
-            sentences.lines.append(block[0][0])
+                raise ValueError(f"{path}, line {number}: expected a word and its tag, got {columns[0]!r}.")
+        sentences.tokens.append([columns[0] for _, columns in block])
+        sentences.tags.append([columns[-1] for _, columns in block])
+        lines.append([number for number, _ in block])
     if not sentences.tokens:
         raise ValueError(f"{path} holds no sentence.")
     check_iob2(sentences)
+    _check_words(sentences)
     return sentences
 
 
-def _blocks(path: Path) -> Iterator[list[tuple[int, str]]]:
-    """Yield the numbered lines of each sentence."""
+def _check_words(sentences: Sentences) -> None:
+    counted = all(words == [str(n) for n in range(1, len(words) + 1)] for words in sentences.tokens)
+    if counted and max(map(len, sentences.tokens)) > 1:
+        raise ValueError(
+            f"{sentences.name}: expected words in the first column, got the numbers 1, 2, 3 ... in every sentence: "
+            "leave out the column of numbers, so that each line has its word first and its tag last."
+        )
+
+
+def _blocks(path: Path) -> Iterator[list[tuple[int, list[str]]]]:
+    """Yield the numbered lines of each sentence, cut into columns, without comments."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} should be UTF-8 text: {error}") from error
-    block: list[tuple[int, str]] = []
+    block: list[tuple[int, list[str]]] = []
     # Split at line feeds only: str.splitlines would also break a word at Unicode's rarer line separators.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
-            block.append((number, line.rstrip("\r")))
+            columns = _columns(line)
+            if not line.startswith("#") or is_iob2(columns[-1]):
+                block.append((number, columns))
         elif block:
             yield block
             block = []
     if block:
         yield block
+
+
+def _columns(line: str) -> list[str]:
+    # A word such as 10 000 may hold a no-break space, at which str.split would cut it.
+    columns = line.split("\t") if "\t" in line else line.strip(" ").split(" ")
+    return [*columns[:-1], columns[-1].strip()]

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from meta_trainer.tasks.ner.arguments import GENERATED, NerArguments
 from meta_trainer.tasks.ner.columns import read_columns
 from meta_trainer.tasks.ner.corpus import SOURCE_LOCALE, TARGET_LOCALE, generate_corpus
 from meta_trainer.tasks.ner.files import CONLL_SUFFIXES, read_file
 from meta_trainer.tasks.ner.sentences import Sentences
-from meta_trainer.tasks.ner.tags import entity_types, iob2_tags, map_entity_types, parse_tag_map
+from meta_trainer.tasks.ner.tags import check_shared_types, entity_types, iob2_tags, map_entity_types, parse_tag_map
 from meta_trainer.tasks.tables import load_split
 
 # The names that the Hub's folder layout accepts for a split.
@@ -38,7 +39,8 @@ def load_ner_data(ner: NerArguments) -> NerData:
     The tags are those of whole sets, before a subset is drawn: runs of different sizes share them.
 
     Raises:
-        ValueError: If a set cannot be loaded, a tag is not IOB2, or ``map_tags`` names an unknown type.
+        ValueError: If a set cannot be loaded, a tag is not IOB2, ``map_tags`` names an unknown type, or a scored set
+            has entities, but none of a type to train on.
     """
     sets = {
         "source_train": _load(ner, "source", "train"),
@@ -52,6 +54,7 @@ def load_ner_data(ner: NerArguments) -> NerData:
     if unknown := sorted(set(tag_map) - set(known)):
         raise ValueError(f"map_tags: no entity of type {', '.join(unknown)} in the data; it has {', '.join(known)}.")
     loaded = {name: map_entity_types(sentences, tag_map) for name, sentences in loaded.items()}
+    check_shared_types(loaded.values(), [loaded["source_train"], loaded["target_train"]])
     return NerData(
         tags=iob2_tags(entity_types(loaded.values())),
         source_train=draw_subset(loaded["source_train"], ner.max_source_examples, ner.subset_seed),
@@ -82,7 +85,8 @@ def _load(ner: NerArguments, side: str, kind: str) -> Sentences | None:
         subset = getattr(ner, f"{side}_subset")
         if data == GENERATED:
             subset = subset or (SOURCE_LOCALE if side == "source" else TARGET_LOCALE)
-        sentences = None if split is None else read_split(data, subset, split, ner.path(data), *columns, exclude)
+        where = (data, subset, split, ner.path(data))
+        sentences = None if split is None else read_split(*where, *columns, exclude, f"{side}_subset")
     if sentences is not None and not len(sentences):
         raise ValueError(f"{sentences.name} holds no sentence.")
     return sentences
@@ -96,6 +100,7 @@ def read_split(
     tokens_column: str,
     tags_column: str | tuple[str, ...],
     exclude_column: str | None = None,
+    subset_setting: str = "subset",
 ) -> Sentences:
     """Read a split of the embedded corpus, of a local folder or of a Hub data set.
 
@@ -107,9 +112,10 @@ def read_split(
         tokens_column: Column of the words.
         tags_column: Column of the tags; of several, the first that is filled.
         exclude_column: Boolean column; sentences where it is true are left out.
+        subset_setting: The setting that names the subset, as an error calls it.
 
     Raises:
-        ValueError: If there is no such split, or what it holds are no tagged sentences.
+        ValueError: If there is no such subset or split, or what it holds are no tagged sentences.
     """
     name = f"{data}{f' ({subset})' if subset else ''}, split {split}"
     if data == GENERATED:
@@ -117,8 +123,24 @@ def read_split(
     conll = _conll_file(folder / (subset or ""), split)
     if conll is not None:
         return read_file(conll, tokens_column, tags_column, exclude_column)
-    dataset = load_split(str(folder) if folder.is_dir() else data, subset, split)
+    if not folder.is_dir():
+        dataset = load_split(data, subset, split)
+    else:
+        dataset = _load_folder(folder, subset, split, subset_setting)
     return read_columns(dataset, name, tokens_column, tags_column, exclude_column)
+
+
+def _load_folder(folder: Path, subset: str | None, split: str, subset_setting: str) -> Dataset:
+    try:
+        return load_split(str(folder), subset, split)
+    except ValueError as error:
+        # The words of the library for a subset that it does not know.
+        if subset is None or "BuilderConfig" not in str(error):
+            raise
+        raise ValueError(
+            f"Folder {folder} has no subset {subset!r}: {error.__cause__}. For a folder without subsets, set "
+            f"{subset_setting} to none: `--{subset_setting} none`."
+        ) from error
 
 
 def _conll_file(folder: Path, split: str) -> Path | None:

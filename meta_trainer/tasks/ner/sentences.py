@@ -13,14 +13,14 @@ class Sentences:
         name: The file, or the data set and its split.
         tokens: Words of each sentence.
         tags: Tag of each word, as text.
-        lines: Line of each sentence's first word, for files in which every word has a line.
+        lines: Line of each word, for files in which every word has one.
         chosen: Number of each sentence in the file or split, from 0, where not all of them are here in their order.
     """
 
     name: str
     tokens: list[list[str]]
     tags: list[list[str]]
-    lines: list[int] | None = None
+    lines: list[list[int]] | None = None
     chosen: list[int] | None = None
 
     @property
@@ -49,7 +49,7 @@ class Sentences:
         if token is not None:
             place += f", token {token + 1} {short(self.tokens[sentence][token])}"
         if self.lines is not None:
-            place += f" (line {self.lines[sentence] + (token or 0)})"
+            place += f" (line {self.lines[sentence][token or 0]})"
         return place
 
 

@@ -1,5 +1,6 @@
 """IOB2 tags: the check, the renaming of entity types, and the joint inventory of several data sets."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from reprlib import repr as short
@@ -7,6 +8,8 @@ from reprlib import repr as short
 from meta_trainer.tasks.ner.sentences import Sentences
 
 OUTSIDE = "O"
+
+logger = logging.getLogger(__name__)
 
 
 def check_iob2(sentences: Sentences) -> None:
@@ -17,7 +20,7 @@ def check_iob2(sentences: Sentences) -> None:
     for i, tags in enumerate(sentences.tags):
         previous = OUTSIDE
         for j, tag in enumerate(tags):
-            if tag != OUTSIDE and (tag[:2] not in ("B-", "I-") or not tag[2:].strip()):
+            if not is_iob2(tag):
                 raise ValueError(
                     f"{sentences.where(i, j)}: expected an IOB2 tag (O, B-TYPE or I-TYPE), got {short(tag)}."
                 )
@@ -29,10 +32,41 @@ def check_iob2(sentences: Sentences) -> None:
             previous = tag
 
 
+def is_iob2(tag: str) -> bool:
+    """Whether a tag is ``O``, ``B-TYPE`` or ``I-TYPE``."""
+    return tag == OUTSIDE or (tag[:2] in ("B-", "I-") and bool(tag[2:].strip()))
+
+
 def entity_types(sets: Iterable[Sentences]) -> list[str]:
     """Return the entity types that occur in any of the sets, sorted."""
     tags = {tag for sentences in sets for row in sentences.tags for tag in row}
     return sorted({tag[2:] for tag in tags if tag != OUTSIDE})
+
+
+def check_shared_types(sets: Iterable[Sentences], trained: Sequence[Sentences]) -> None:
+    """Warn of entity types that a set has and none of those to train on.
+
+    Args:
+        sets: Scored or trusted sentences.
+        trained: Sentences to train on.
+
+    Raises:
+        ValueError: If all types of a set are such.
+    """
+    known, names = entity_types(trained), " and ".join(dict.fromkeys(sentences.name for sentences in trained))
+    for sentences in sets:
+        own = entity_types([sentences])
+        unknown = [name for name in own if name not in known]
+        if unknown and unknown == own:
+            raise ValueError(
+                f"No entity type of {sentences.name} ({', '.join(own)}) is one of {names} to train on "
+                f"({', '.join(known) or 'none'}): rename types by map_tags, such as PERSON=PER."
+            )
+        if unknown:
+            logger.warning(
+                "%s has entities of type %s, which are never trained on: %s has none; map_tags renames or drops types.",
+                sentences.name, ", ".join(unknown), names,
+            )  # fmt: skip
 
 
 def iob2_tags(types: Sequence[str]) -> list[str]:

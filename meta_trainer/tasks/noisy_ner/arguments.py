@@ -33,7 +33,8 @@ class NoisyNerArguments(LabelledDataArguments):
         default=None, metadata={"help": "Column of noisy tags to train on; all other sets keep tags_column."}
     )
     map_tags: list[str] = field(
-        default_factory=list, metadata={"help": "Entity types to rename or drop: PERSON=PER, DATE=O."}
+        default_factory=list,
+        metadata={"help": "Entity types to rename or drop: PERSON=PER, DATE=O; none: keep them all."},
     )
     label_noise: Literal["none", "uniform", "flip", "drop"] = field(
         default="none",

@@ -9,7 +9,7 @@ from meta_trainer.tasks.ner.corpus import SOURCE_LOCALE
 from meta_trainer.tasks.ner.files import read_file
 from meta_trainer.tasks.ner.loading import read_split
 from meta_trainer.tasks.ner.sentences import Sentences
-from meta_trainer.tasks.ner.tags import entity_types, iob2_tags, map_entity_types, parse_tag_map
+from meta_trainer.tasks.ner.tags import check_shared_types, entity_types, iob2_tags, map_entity_types, parse_tag_map
 from meta_trainer.tasks.noisy_ner.arguments import NoisyNerArguments
 from meta_trainer.tasks.noisy_ner.noise import corrupt_entities
 
@@ -44,9 +44,11 @@ def load_noisy_ner_data(arguments: NoisyNerArguments, seed: int) -> NoisyNerData
         seed: Seed of the corruption where the settings have none.
 
     Raises:
-        ValueError: If a set cannot be loaded, or is too small for what is to be drawn from it.
+        ValueError: If a set cannot be loaded, is too small for what is to be drawn from it, or has entities, but none
+            of a type to train on.
     """
     sets = _load_sets(arguments)
+    check_shared_types(sets.values(), [sets.get("noisy", sets["train"])])
     types = entity_types(sets.values())
     trusted, noisy = sets["train"], sets.get("noisy", sets["train"])
     order = np.random.default_rng(arguments.subset_seed).permutation(len(trusted))
@@ -81,7 +83,8 @@ def _load_sets(arguments: NoisyNerArguments) -> dict[str, Sentences]:
                 f"train_tags_column={arguments.train_tags_column!r}: {sets['train'].name} is a CoNLL file, which has "
                 "no such column."
             )
-        sets["noisy"] = _load(arguments, "train", arguments.train_tags_column)
+        noisy = _load(arguments, "train", arguments.train_tags_column)
+        sets["noisy"] = replace(noisy, name=f"{noisy.name}, column {arguments.train_tags_column!r}")
     if arguments.meta_file:
         sets["meta"] = read_file(arguments.path(arguments.meta_file), arguments.tokens_column, arguments.tags_column)
     if empty := [sentences.name for sentences in sets.values() if not len(sentences)]:

@@ -61,6 +61,7 @@ def test_every_recipe_trains_and_is_tested(file, small_recipe, tmp_path):
     assert 0 <= metrics["accuracy_interval"] < 1
     assert RelationNet.from_pretrained(tmp_path / "run").config.n_way == 3
     saved = tmp_path / "run" / "meta_module"
+    assert '\nmodel = RelationNet.from_pretrained(".")\n' in (tmp_path / "run" / "README.md").read_text()
     assert saved.exists() == ("meta_module" in yaml.safe_load(file.read_text()))
     if saved.exists():
         assert isinstance(MetaModule.from_pretrained(saved), FeatureWiseTransform)

@@ -191,12 +191,27 @@ def test_a_pretrained_model_gets_a_new_head_and_its_own_processor(small, tmp_pat
         ({"num_meta_examples": 44}, "num_meta_examples=44 takes 22 training rows of each class"),
         ({"image_mean": [0.1, 0.2, 0.3]}, "image_mean has 3 channels, but images have 1"),
         ({"random_crop_padding": 16}, "random_crop_padding=16 must be less than the 16 pixels"),
-        ({"image_size": 12}, "`image_size` of a LeNet should be at least 16, got 12"),
+        ({"image_size": 12}, r"`image_size` of a LeNet should be at least 16, got 12\.$"),
     ],
 )
 def test_settings_that_do_not_fit_data_or_model_are_refused(small, changes, message):
     with pytest.raises(ValueError, match=message):
         build(small(**changes))
+
+
+def test_an_image_that_is_too_small_is_told_from_a_setting(small, write_images):
+    files = [write_images("a.parquet", range(20), size=9)]
+    with pytest.raises(ValueError, match=r"at least 16, got 9\. That is the size of the first image: image_size sets"):
+        build(small(train_file=files))
+    assert build(small(train_file=files, image_size=16)).model_init().config.image_size == 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_size_and_channels_are_those_of_the_first_image_whatever_the_seed(small, write_images, seed):
+    colours = write_images("colours.parquet", range(2), channels=3, size=20)
+    files = [colours, write_images("grey.parquet", range(2, 40))]
+    config = build(small(train_file=files, subset_seed=seed, max_train_examples=4)).model_init().config
+    assert (config.image_size, config.num_channels) == (20, 3)
 
 
 def test_a_model_without_an_image_processor_is_refused(small, tmp_path):

@@ -70,6 +70,7 @@ def test_every_recipe_runs_for_two_steps_and_leaves_its_results(run_small, file)
     added = ("predicted_label", "loss", "weight")
     assert list(labels[0]) == [column for column in own if weighs or column not in added]
     assert {row["label"] for row in labels} == {"left", "right"}
+    assert '\nmodel = LeNet.from_pretrained(".")\n' in (run / "README.md").read_text()
     wrong = 0 if settings.get("train_on_meta_alone") else round(24 * settings.get("label_noise_share", 0))
     assert sum(row["is_corrupted"] for row in labels) == wrong
     if "input_rotation" in settings.get("meta_module", []):

@@ -34,6 +34,16 @@ def test_sources_and_corruptions_are_pairs():
 SOUND = {"sources": ["a=generated", "b=generated"]}
 
 
+@pytest.mark.parametrize("setting", ["sources", "test_texts"])
+@pytest.mark.parametrize("name", ["wiki.md", "WIKI.TXT", "wiki"])
+def test_a_file_of_a_kind_that_is_not_read_is_no_name_of_the_hub(tmp_path, setting, name):
+    (tmp_path / name).write_text("a text")
+    settings = {"sources": ["a=generated"], "data_dir": str(tmp_path)}
+    settings[setting] = [f"a={name}"] if setting == "sources" else name
+    with pytest.raises(ValueError, match=rf"{setting}.*={name!r}: expected a file that ends in one of .*\.txt"):
+        LanguageModelingArguments(**settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

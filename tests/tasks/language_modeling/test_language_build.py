@@ -1,15 +1,27 @@
 """Language modeling as a task: blocks of one source each, the decoder, and its scores."""
 
 import math
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import EvalPrediction
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    EvalPrediction,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from meta_trainer.tasks import ModelArguments
 from meta_trainer.tasks.language_modeling import build_language_modeling_task
+from meta_trainer.tasks.language_modeling.decoder import check_causal, make_decoder
 from meta_trainer.tasks.language_modeling.metrics import language_scores, token_scores
 from meta_trainer.tasks.language_modeling.packing import pack
 from meta_trainer.tasks.tokenizer import train_byte_level_bpe
@@ -95,6 +107,51 @@ def test_a_pretrained_decoder_without_a_padding_token_is_loaded_from_a_folder(bu
         build_language_modeling_task(
             generated(block_length=600), ModelArguments(model_name_or_path=str(tmp_path)), seed=0, with_meta=True
         )
+
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "vocab_size": 500}
+# Attention of a random model hardly matters, unlike that of a pretrained one, unless its weights are large.
+ENCODER, DECODER = BertConfig(**BERT, initializer_range=0.3), BertConfig(**BERT, is_decoder=True)
+GPT = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=500, bos_token_id=0, eos_token_id=0)
+
+
+def saved(config: PreTrainedConfig, folder: Path, dtype: torch.dtype = torch.float32) -> ModelArguments:
+    """A random model in a folder, as one that was pretrained."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
+    return ModelArguments(model_name_or_path=str(folder))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_encoder_is_no_language_model(build, generated, tmp_path, dtype):
+    model = saved(ENCODER, tmp_path, dtype)
+    build().processing_class.save_pretrained(tmp_path)
+    task = build_language_modeling_task(generated(), model, seed=0, with_meta=True)
+    with pytest.raises(
+        ValueError, match=r"model_name_or_path='.*' should be .*, got BertLMHeadModel that reads .* name"
+    ):
+        task.model_init()
+
+
+@pytest.mark.parametrize("config", [DECODER, GPT, LlamaConfig(**BERT)], ids=["BERT", "GPT-2", "Llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_decoder_is_one_and_the_check_leaves_no_trace(tmp_path, config, dtype):
+    model = saved(config, tmp_path, dtype)
+    state = torch.get_rng_state()
+    decoder = make_decoder(model, AutoConfig.from_pretrained(tmp_path), seed=0)
+    assert decoder.dtype == dtype
+    for training in (True, False):
+        check_causal(decoder.train(training), "it")
+        assert {part.training for part in decoder.modules()} == {training}
+    assert all(parameter.grad is None for parameter in decoder.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_decoder_is_checked_without_a_kernel_for_accelerators_and_keeps_it():
+    decoder = AutoModelForCausalLM.from_config(LlamaConfig(**BERT), attn_implementation="flex_attention")
+    with mock.patch.dict(ALL_ATTENTION_FUNCTIONS, flex_attention=None):
+        check_causal(decoder, "it")
+    assert decoder.config._attn_implementation == "flex_attention"
 
 
 def test_a_decoder_that_is_nowhere_is_refused(generated, build, tmp_path):

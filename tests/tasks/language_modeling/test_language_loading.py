@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from meta_trainer.tasks.language_modeling import LanguageModelingArguments
 from meta_trainer.tasks.language_modeling.corruption import corrupt_texts
@@ -63,6 +64,29 @@ def test_a_column_may_name_the_sources(tmp_path):
     assert sorted(data.train["news"]) == ["text 1", "text 3", "text 5", "text 7"]
     with pytest.raises(ValueError, match=r"no source 'blog' in column 'origin' of .*; the sources are forum, news"):
         load_language_data(LanguageModelingArguments(**settings, trusted_source="blog"), 0)
+
+
+def test_sources_in_a_column_of_classes_have_their_names(tmp_path):
+    features = Features({"text": Value("string"), "origin": ClassLabel(names=["forum", "news"])})
+    rows = {"text": ["a", "b", "c"], "origin": [1, 0, 1]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "mixed.parquet")
+    arguments = LanguageModelingArguments(sources=[f"all={tmp_path}/mixed.parquet"], domain_column="origin")
+    assert list(load_language_data(arguments, 0).train) == ["forum", "news"]
+
+
+def test_a_text_without_a_source_is_named_unless_it_is_empty(tmp_path):
+    file = tmp_path / "mixed.jsonl"
+    file.write_text('{"text": "a", "origin": "news"}\n{"text": " ", "origin": null}\n')
+    assert Location.parse(str(file)).read(None, "text", "origin") == [("a", "news")]
+    file.write_text('{"text": "a", "origin": "news"}\n{"text": "b", "origin": null}\n')
+    with pytest.raises(ValueError, match=r"mixed\.jsonl, row 2, column 'origin': expected .*, got None"):
+        Location.parse(str(file)).read(None, "text", "origin")
+
+
+def test_a_text_file_is_split_at_line_feeds_only_and_its_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\ntwo\x0b\u2028three\rfour\n".encode())
+    texts = [text for text, _ in Location.parse("a.txt").read(str(tmp_path), "text")]
+    assert texts == ["one", "two\x0b\u2028three\rfour"]
 
 
 def test_a_text_file_has_a_text_a_line_and_empty_ones_are_left_out(tmp_path):

@@ -42,8 +42,41 @@ def test_conll_columns_may_be_separated_by_spaces_or_tabs_and_know_their_lines(t
     path = tmp_path / "a.conll"
     path.write_text(CONLL)
     loaded = read_conll(path)
-    assert (loaded.tokens, loaded.tags, loaded.lines) == (TOKENS[:2], TAGS[:2], [3, 9])
+    assert (loaded.tokens, loaded.tags, loaded.lines) == (TOKENS[:2], TAGS[:2], [[3, 4, 5, 6], [9, 10]])
     assert loaded.where(1, 1) == f"{path}, sentence 2, token 2 'rained' (line 10)"
+
+
+def test_conll_words_may_hold_the_other_blanks_of_unicode(tmp_path: Path):
+    path = tmp_path / "a.conll"
+    path.write_text("10\u00a0000 NN O\nvon\u2009Neumann\tB-PER\n  x\u3000y   B-LOC \n", encoding="utf-8")
+    loaded = read_conll(path)
+    assert loaded.tokens == [["10\u00a0000", "von\u2009Neumann", "x\u3000y"]]
+    assert loaded.tags == [["O", "B-PER", "B-LOC"]]
+
+
+def test_comments_of_a_conll_file_are_skipped_and_its_lines_keep_their_numbers(tmp_path: Path):
+    path = tmp_path / "a.conll"
+    path.write_text("# sent_id = 1\n# text = # 1\n# O\n#\n1 O\n\n# the end\n\n#tag B-LOC\n# why\nTurin I-ORG\n")
+    with pytest.raises(ValueError, match=r"sentence 2, token 2 'Turin' \(line 11\): 'I-ORG' continues"):
+        read_conll(path)
+    path.write_text(path.read_text().replace("I-ORG", "I-LOC"))
+    loaded = read_conll(path)
+    assert loaded.tokens == [["#", "1"], ["#tag", "Turin"]]
+    assert loaded.lines == [[3, 5], [9, 11]]
+
+
+def test_a_conll_file_that_numbers_its_words_is_refused(tmp_path: Path):
+    path = tmp_path / "a.conll"
+    path.write_text("1\tAda\tB-PER\n2\tsaw\tO\n\n1\tTurin\tB-LOC\n")
+    with pytest.raises(ValueError, match=r"a\.conll: expected words in the first column, got the numbers 1, 2, 3"):
+        read_conll(path)
+
+
+@pytest.mark.parametrize("content", ["1 O\n\n1 O\n", "1 O\n2 O\n\nAda B-PER\n", "1 O\n3 O\n"])
+def test_numbers_may_be_words_of_a_conll_file(tmp_path: Path, content):
+    path = tmp_path / "a.conll"
+    path.write_text(content)
+    assert read_conll(path).tokens[0][0] == "1"
 
 
 def test_a_conll_line_without_a_tag_is_named(tmp_path: Path):
@@ -153,6 +186,47 @@ def test_mapping_a_type_that_occurs_nowhere_names_the_known_ones(write_rows):
         load_ner_data(files(write_rows("a.jsonl"), map_tags=["MISC=O"]))
 
 
+def one_type(write_rows, **types: str) -> NerArguments:
+    """Sets of one word each, an entity of the type that is given."""
+    names = {f"{name}_file": f"{name}.jsonl" for name in types}
+    for name, entity_type in types.items():
+        write_rows(f"{name}.jsonl", [{"tokens": ["Ada"], "ner_tags": [f"B-{entity_type}"]}])
+    return NerArguments(data_dir=str(write_rows("other.jsonl").parent), **names)
+
+
+@pytest.mark.parametrize("scored", ["target_validation", "target_test"])
+def test_a_scored_set_without_a_type_to_train_on_is_refused(write_rows, scored):
+    sets = {"source_train": "PER", "target_train": "LOC", scored: "Person"}
+    message = (
+        rf"type of .*{scored}\.jsonl \(Person\) is one of .*source_.* and .*target_train.* \(LOC, PER\): .*map_tags"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_ner_data(one_type(write_rows, **sets))
+    arguments = one_type(write_rows, **sets)
+    arguments.map_tags = ["Person=PER"]
+    assert load_ner_data(arguments).tags == ["O", "B-LOC", "I-LOC", "B-PER", "I-PER"]
+
+
+def test_a_type_that_only_the_target_is_trained_on_may_be_scored(write_rows, caplog):
+    load_ner_data(one_type(write_rows, source_train="PER", target_train="LOC", target_test="LOC"))
+    assert not caplog.records
+
+
+def test_a_scored_set_without_entities_has_no_type_to_refuse(write_rows):
+    arguments = one_type(write_rows, source_train="PER", target_train="PER", target_test="PER")
+    write_rows("target_test.jsonl", [{"tokens": ["It", "rained"], "ner_tags": ["O", "O"]}])
+    assert load_ner_data(arguments).target_test is not None
+
+
+def test_types_that_are_scored_and_never_trained_on_are_named_by_a_warning(write_rows, caplog):
+    arguments = one_type(write_rows, source_train="PER", target_train="PER", target_test="PER")
+    write_rows("target_test.jsonl")
+    load_ner_data(arguments)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "target_test.jsonl has entities of type DATE, LOC, ORG, which are never trained on" in record.message
+
+
 @pytest.mark.parametrize("seed", [0, 7])
 def test_a_smaller_subset_is_the_beginning_of_a_larger_one(seed):
     whole = Sentences("news", [[str(i)] for i in range(50)], [["O"]] * 50)
@@ -199,6 +273,14 @@ def test_a_split_that_a_folder_does_not_have_is_refused(hub_folder):
     folder = hub_folder("")
     with pytest.raises(ValueError, match="split 'gold' cannot be loaded"):
         load_ner_data(NerArguments(source_data="generated", target_data=str(folder), target_train_split="gold"))
+
+
+def test_a_subset_that_a_folder_does_not_have_is_refused(hub_folder):
+    settings = {"target_data": "generated", "source_data": str(hub_folder("")), "source_subset": "en"}
+    with pytest.raises(
+        ValueError, match=r"wiki has no subset 'en': .*default.* For a folder without .*: `--source_subset none`"
+    ):
+        load_ner_data(NerArguments(**settings))
 
 
 def test_conll_files_in_a_folder_are_found_by_the_names_of_their_splits(tmp_path: Path):

@@ -172,6 +172,47 @@ def test_beside_a_file_of_trusted_sentences_others_may_have_noisy_tags_alone(fil
         build(NoisyNerArguments(**settings))
 
 
+def with_types(path: Path, rows: list[dict[str, Any]], **names: str) -> str:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for old, new in names.items():
+        text = text.replace(f"-{old}", f"-{new}")
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["meta", "validation", "test"])
+def test_a_scored_or_trusted_set_without_a_type_to_train_on_is_refused(file, tmp_path, kind):
+    other = with_types(tmp_path / "other.jsonl", ROWS, PER="Person", LOC="Location")
+    arguments = NoisyNerArguments(train_file=file, num_meta_examples=1, **{f"{kind}_file": other})
+    with pytest.raises(
+        ValueError, match=r"other\.jsonl \(Location, Person\) is one of .*train.* \(LOC, PER\): .*map_tags"
+    ):
+        load_noisy_ner_data(arguments, seed=0)
+
+
+def test_the_types_to_train_on_are_those_of_the_noisy_tags(tmp_path, caplog):
+    rows = [{**row, "noisy_ner_tags": [tag.replace("-", "-X") for tag in row["noisy_ner_tags"]]} for row in ROWS]
+    file = with_types(tmp_path / "train.jsonl", rows)
+    settings = {"train_tags_column": "noisy_ner_tags", "num_meta_examples": 1}
+    with pytest.raises(ValueError, match=r"column 'noisy_ner_tags' to train on \(XDATE, XLOC, XPER\)"):
+        load_noisy_ner_data(NoisyNerArguments(train_file=file, **settings), seed=0)
+    partly = with_types(tmp_path / "train.jsonl", rows, XPER="PER")
+    load_noisy_ner_data(NoisyNerArguments(train_file=partly, **settings), seed=0)
+    (record,) = caplog.records
+    assert "train.jsonl has entities of type LOC, which are never trained on" in record.message
+
+
+def test_a_subset_that_a_folder_does_not_have_is_refused_with_the_way_out(file, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = Path(file).parent
+    settings = {"data": str(folder), "validation_split": None, "test_split": None, "num_meta_examples": 1}
+    with pytest.raises(
+        ValueError, match=r"has no subset 'en': .*default.* For a folder without subsets.*`--subset none`"
+    ):
+        load_noisy_ner_data(NoisyNerArguments(**settings, subset="en"), seed=0)
+    assert len(load_noisy_ner_data(NoisyNerArguments(**settings), seed=0).train) == len(ROWS) - 1
+
+
 def test_a_set_without_sentences_is_refused(generated, tmp_path):
     empty = tmp_path / "empty.parquet"
     Dataset.from_dict({"tokens": [["a"]], "ner_tags": [["O"]]}).select([]).to_parquet(empty)
