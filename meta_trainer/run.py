@@ -39,7 +39,7 @@ from meta_trainer.tasks.ner import NerArguments, build_ner_task
 from meta_trainer.tasks.noisy_ner import NoisyNerArguments, build_noisy_ner_task
 from meta_trainer.tasks.text_classification import build_text_classification_task
 from meta_trainer.trainer import MetaTrainer
-from meta_trainer.weights_report import report_weights
+from meta_trainer.weights_report import TRAINING_WEIGHTS, report_weights
 
 logger = logging.get_logger(__name__)
 
@@ -79,6 +79,8 @@ def run(recipe: Recipe, methods: list[PreparedMethod], console: Console) -> list
         results.append(_train(method, recipe))
     if methods[0].trainer.is_world_process_zero():
         _write_report(recipe, results, methods[0].task.main_metric, console)
+        if _weighs_examples(methods[-1].trainer) and methods[-1].task.training_labels is not None:
+            console.print(f"{TRAINING_WEIGHTS} there has the weight of every example, the most suspicious label first.")
     return results
 
 
@@ -254,7 +256,7 @@ def _report_training_rows(trainer: MetaTrainer, task: Task) -> dict[str, float]:
     labels, folder = task.training_labels, Path(str(trainer.args.output_dir))
     if labels is None:
         return {}
-    if trainer.meta_module is None or not trainer.meta_module.weighs_examples:
+    if not _weighs_examples(trainer):
         if trainer.is_world_process_zero():
             pyarrow.parquet.write_table(labels.with_format("arrow")[:], folder / TRAINING_LABELS)
         return {}
@@ -266,6 +268,10 @@ def _report_training_rows(trainer: MetaTrainer, task: Task) -> dict[str, float]:
         return {}
     config: Any = trainer.model.config
     return report_weights(found, labels, config.id2label, trainer.state.log_history, folder)
+
+
+def _weighs_examples(trainer: MetaTrainer) -> bool:
+    return trainer.meta_module is not None and trainer.meta_module.weighs_examples
 
 
 def _write_report(recipe: Recipe, results: list[MethodResult], metric: str, console: Console) -> None:

@@ -253,6 +253,19 @@ def test_every_recipe_runs(file, tmp_path, monkeypatch):
     assert ("corrupted_auc" in result["metrics"]) == ("meta_weight_net" in file.stem)
 
 
+def test_the_recipe_of_wrong_labels_compares_weights_with_plain_training_and_lists_the_suspicious(tmp_path, capsys):
+    settings = ["--max_steps", "3", "--meta_delay_steps", "1", "--logging_steps", "1", "--use_cpu", "true"]
+    assert main(["train", "--config", "wrong_labels.yaml", *settings, "--output_dir", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [(r["name"], r["steps"]) for r in results] == [
+        ("plain training on both sets", 3), ("Meta-Weight-Net, guided EvoGrad", 3),
+    ]  # fmt: skip
+    rows = pyarrow.parquet.read_table(tmp_path / "training_weights.parquet").to_pylist()
+    assert len(rows) == 1140
+    assert sum(row["is_corrupted"] for row in rows) == 456
+    assert "the most suspicious label first" in " ".join(capsys.readouterr().out.split())
+
+
 def test_scores_during_training_need_a_set_for_them(tmp_path, capsys):
     assert main(["train", "--config", recipe(tmp_path, validation_split=None)]) == 2
     assert "eval_strategy='steps' scores a validation set during training, of which" in capsys.readouterr().err
