@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from meta_trainer.tasks.few_shot.relation_net import DEPTHS, STEMS
-from meta_trainer.tasks.locations import check_data, check_file
+from meta_trainer.tasks.locations import check_data, check_file, locate
+from meta_trainer.tasks.tables import TABLE_SUFFIXES
 
-PARQUET = ".parquet"
 MINIMUM_DOMAINS = 3
 
 
@@ -18,8 +18,8 @@ class FewShotArguments:
     domains: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Image sets as name=place, the place a parquet file, a Hub data set or a local folder; at least "
-            "two to train on and the one that is held out."
+            "help": "Image sets as name=place, the place a parquet, json, jsonl or csv file, a Hub data set or a local "
+            "folder; at least two to train on and the one that is held out."
         },
     )
     held_out_domain: str | None = field(
@@ -82,8 +82,8 @@ class FewShotArguments:
                 "tested on it."
             )
         for name, place in places.items():
-            if place.endswith(PARQUET):
-                check_file(f"domains, {name}", place, self.data_dir, [PARQUET])
+            if place.endswith(TABLE_SUFFIXES) or locate(place, self.data_dir).is_file():
+                check_file(f"domains, {name}", place, self.data_dir, TABLE_SUFFIXES)
             else:
                 check_data(f"domains, {name}", place, self.data_dir)
 

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
-from meta_trainer.tasks.few_shot.arguments import PARQUET, FewShotArguments
+from meta_trainer.tasks.few_shot.arguments import FewShotArguments
 from meta_trainer.tasks.label_columns import read_labels, used_rows
 from meta_trainer.tasks.locations import locate
 from meta_trainer.tasks.pictures import read_picture, stored_images
-from meta_trainer.tasks.tables import load_split, read_table
+from meta_trainer.tasks.tables import TABLE_SUFFIXES, load_split, read_table
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ def load_domain(arguments: FewShotArguments, name: str) -> Domain:
 
 def _read(arguments: FewShotArguments, place: str) -> Dataset:
     path = locate(place, arguments.data_dir)
-    if place.endswith(PARQUET):
-        return read_table(Path(path))
+    if place.endswith(TABLE_SUFFIXES):
+        return read_table(path)
     return load_split(str(path) if path.is_dir() else place, None, arguments.domain_split)
 
 

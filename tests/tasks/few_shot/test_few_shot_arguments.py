@@ -13,6 +13,7 @@ import pytest
         ({"domains": ["a=x", "b=y", "c=z"]}, "held_out_domain should be one of a, b, c, got 'infrared'"),
         ({"held_out_domain": None}, "held_out_domain should be one of red, .* got None"),
         ({"domains": ["red=x", "green=y", "infrared=nowhere.parquet"]}, "no file .*nowhere.parquet"),
+        ({"domains": ["red=x", "green=y", f"infrared={__file__}"]}, r"expected a file that ends in one of \.parquet"),
         ({"domains": ["red=x", "green=y", "infrared=./nowhere"]}, "domains, infrared: there is no folder .*nowhere"),
         ({"n_way": 1}, "n_way must be at least 2, got 1"),
         ({"k_shot": 0}, "k_shot must be at least 1, got 0"),

@@ -64,6 +64,9 @@ def test_relative_paths_start_from_the_data_folder_and_pictures_are_read_as_for_
     monkeypatch.chdir("/")
     domain = load_domain(arguments(domains=["a=x", "b=y", "infrared=x.parquet"], data_dir=str(folder)), "infrared")
     assert np.abs(domain.images.astype(int) - grey[:, None]).max() <= 1
+    rows.to_csv(str(folder / "x.csv"))
+    of_csv = load_domain(arguments(domains=["a=x", "b=y", "infrared=x.csv"], data_dir=str(folder)), "infrared")
+    assert (of_csv.images == domain.images).all()
 
 
 def content(length: int | None = None) -> dict[str, object]:
