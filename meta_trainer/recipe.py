@@ -278,9 +278,10 @@ def _check_combination(run: RunArguments, task: TaskArguments, module: MetaModul
             "false, leave out `meta_module`, or set `compare_with_baseline`."
         )
     if module.meta_module and not run.compare_with_baseline and _trains_on_meta_in_vain(task, module):
+        by_weights = f", or for meta_module={TELLS_TRUSTED!r} alone" if isinstance(task, LabelledDataArguments) else ""
         raise ValueError(
-            "`train_on_meta` is for a baseline, or for meta_module='meta_weight_net' alone: another meta module learns "
-            "from rows that the model does not train on. Set it to false, leave out `meta_module`, or set "
+            f"`train_on_meta` is for a baseline{by_weights}: a meta module that does not tell these rows from others "
+            "learns from rows that the model does not train on. Set it to false, leave out `meta_module`, or set "
             "`compare_with_baseline`."
         )
 

@@ -42,13 +42,22 @@ def used_rows(dataset: Dataset, name: str, columns: Iterable[str | None], exclud
         ValueError: If a column is missing, `exclude_column` holds anything but booleans, or no row is left.
     """
     check_columns(dataset, name, (*columns, exclude_column))
-    excluded = dataset[exclude_column][:] if exclude_column else [False] * len(dataset)
-    if other := [value for value in excluded if value not in (True, False)]:
-        raise ValueError(f"{name}: exclude_column={exclude_column!r} should hold booleans, got {short(other[0])}.")
-    rows = [i for i, left_out in enumerate(excluded) if not left_out]
+    rows = not_excluded(dataset, name, exclude_column)
     if not rows:
         raise ValueError(f"{name} holds no row to use.")
     return rows
+
+
+def not_excluded(dataset: Dataset, name: str, exclude_column: str | None) -> list[int]:
+    """Numbers of the rows that a boolean column does not leave out; None leaves out none.
+
+    Raises:
+        ValueError: If the column holds anything but booleans.
+    """
+    excluded = dataset[exclude_column][:] if exclude_column else [False] * len(dataset)
+    if other := [value for value in excluded if value not in (True, False)]:
+        raise ValueError(f"{name}: exclude_column={exclude_column!r} should hold booleans, got {short(other[0])}.")
+    return [i for i, left_out in enumerate(excluded) if not left_out]
 
 
 def read_labels(
@@ -68,11 +77,11 @@ def read_labels(
         ValueError: If a row has no label; it names the row.
     """
     classes = _class_names(dataset, label_column)
-    labels = _labels(dataset, name, label_column, rows, classes)
+    labels = _names(dataset, name, label_column, rows, classes, "label")
     noisy = labels
     if noisy_label_column is not None:
         own = _class_names(dataset, noisy_label_column) or classes
-        noisy = _labels(dataset, name, noisy_label_column, rows, own)
+        noisy = _names(dataset, name, noisy_label_column, rows, own, "label")
     return Labels(name, labels, noisy, rows, tuple(classes))
 
 
@@ -88,7 +97,7 @@ def read_names(dataset: Dataset, name: str, rows: list[int], column: str) -> lis
     Raises:
         ValueError: If a row has none; it names the row.
     """
-    return _labels(dataset, name, column, rows, _class_names(dataset, column))
+    return _names(dataset, name, column, rows, _class_names(dataset, column), "name")
 
 
 def class_names(sets: Iterable[Labels]) -> list[str]:
@@ -104,8 +113,7 @@ def class_names(sets: Iterable[Labels]) -> list[str]:
     named = list(loaded[0].classes)
     found = {label for labels in loaded for label in (*labels.labels, *labels.noisy_labels)}
     others = found.difference(named)
-    are_numbers = all(label.removeprefix("-").isdecimal() for label in others)
-    classes = named + sorted(others, key=int if are_numbers else None)
+    classes = named + sorted(others, key=int if all(map(is_number, others)) else None)
     if len(classes) < 2:
         raise ValueError(f"{loaded[0].name}: a classifier needs at least two classes, got {', '.join(classes)}.")
     return classes
@@ -123,9 +131,14 @@ def _check_overlap(sets: list[Labels]) -> None:
             )
 
 
-def _labels(dataset: Dataset, name: str, column: str, rows: list[int], classes: list[str]) -> list[str]:
+def is_number(label: str) -> bool:
+    """Whether a label is the digits of an integer."""
+    return label.removeprefix("-").isdecimal()
+
+
+def _names(dataset: Dataset, name: str, column: str, rows: list[int], classes: list[str], kind: str) -> list[str]:
     values = dataset[column][:]
-    return [_label_text(values[i], classes, f"{name}, row {i + 1}, column {column!r}") for i in rows]
+    return [_name(values[i], classes, f"{name}, row {i + 1}, column {column!r}", kind) for i in rows]
 
 
 def _class_names(dataset: Dataset, column: str) -> list[str]:
@@ -133,15 +146,19 @@ def _class_names(dataset: Dataset, column: str) -> list[str]:
     return list(feature.names) if isinstance(feature, ClassLabel) else []
 
 
-def _label_text(value: Any, names: list[str], where: str) -> str:
+def _name(value: Any, classes: list[str], where: str, kind: str) -> str:
     if isinstance(value, str):
         return value
     # Integers beside a missing one are often stored as floating-point numbers.
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    without = "A row without a label has to be left out; a scored set without labels, by setting it to none."
+    missing = ""
+    if value in (None, -1):
+        scored_set = "; a scored set without labels, by setting it to none" if kind == "label" else ""
+        missing = f" A row without one has to be left out{scored_set}."
     if not isinstance(value, int):
-        raise ValueError(f"{where}: expected a label as text or integer, got {short(value)}. {without}")
-    if names and not 0 <= value < len(names):
-        raise ValueError(f"{where}: label {value} is outside the {len(names)} classes {', '.join(names)}. {without}")
-    return names[value] if names else str(value)
+        raise ValueError(f"{where}: expected a {kind} as text or integer, got {short(value)}.{missing}")
+    if classes and not 0 <= value < len(classes):
+        known = ", ".join(classes)
+        raise ValueError(f"{where}: {kind} {value} is outside the {len(classes)} classes {known}.{missing}")
+    return classes[value] if classes else str(value)

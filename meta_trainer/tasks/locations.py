@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from os.path import isdir, isfile
 from pathlib import Path
 
 
@@ -13,15 +14,18 @@ def locate(name: str, data_dir: str | None) -> Path:
 
 def check_data(setting: str, data: str | None, data_dir: str | None) -> None:
     """Raise ValueError if ``data`` is a file, or is written like the path of a folder and there is none."""
-    # A name that starts like a path is no Hub name; any other may be one and is looked up when loaded.
-    if data and data.startswith(("/", ".", "~")) and not locate(data, data_dir).exists():
-        raise ValueError(f"{setting}: there is no folder {locate(data, data_dir).absolute()}.")
+    path = locate(data, data_dir) if data else None
+    if path is None:
+        return
     # Not a name to ask the Hub for.
-    if data and locate(data, data_dir).is_file():
+    if isfile(path):
         raise ValueError(
             f"{setting}={data!r} is a file, where a data set of the Hub or a folder is expected: a setting whose name "
             "ends in file takes it."
         )
+    # A name that starts like a path is no Hub name; any other may be one and is looked up when loaded.
+    if str(data).startswith(("/", ".", "~")) and not isdir(path):
+        raise ValueError(f"{setting}: there is no folder {path.absolute()}.")
 
 
 def check_file(setting: str, name: str | None, data_dir: str | None, suffixes: Sequence[str]) -> None:

@@ -69,7 +69,8 @@ def decode(stored: dict[str, Any], where: str) -> PillowImage.Image:
 def read_picture(stored: dict[str, Any], mode: str, where: str | None = None) -> PillowImage.Image:
     """Decode an image and bring it to 8 bits of one kind.
 
-    What is transparent becomes white. Shades of 16 bits are scaled to 8.
+    What is transparent becomes white. Shades of 16 bits are scaled to 8; those of an image of 32 bits are
+    as well, if one is above 255.
 
     Args:
         stored: Its ``bytes``, or the ``path`` of its file.

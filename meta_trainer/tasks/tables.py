@@ -102,8 +102,9 @@ def load_split(path: str, subset: str | None, split: str) -> Dataset:
 
 def first_filled(dataset: Dataset, columns: Sequence[str]) -> str:
     """The first of `columns` in which some row holds a value; where none does, the first of them."""
-    found = (column for column in columns if column in dataset.column_names)
-    filled = (column for column in found if any(value is not None for value in dataset[column]))
+    found = [column for column in columns if column in dataset.column_names]
+    table = dataset.select_columns(found).with_format("arrow")[:]
+    filled = (column for column in found if table.column(column).null_count < len(dataset))
     return next(filled, columns[0])
 
 

@@ -16,7 +16,7 @@ class TrustedRowsArguments:
         default=False,
         metadata={
             "help": "Train on the meta set as well: plain training, or with meta_module=meta_weight_net, where its "
-            "rows count in full. With any other meta module, for the baseline only."
+            "rows count in full. With any other meta module, and for language models, for the baseline only."
         },
     )
     meta_repeats: int = field(

@@ -28,7 +28,7 @@ def test_numbers_here_and_names_there_are_refused():
 def test_whole_numbers_beside_a_missing_one_are_labels_and_others_are_not():
     dataset = Dataset.from_dict({"label": [0.0, None, 1.0, 0.5]})
     assert read_labels(dataset, "pets", [0, 2], "label").labels == ["0", "1"]
-    with pytest.raises(ValueError, match=r"pets, row 2, .* got None. A row without a label has to be left out"):
+    with pytest.raises(ValueError, match=r"pets, row 2, .* got None\. A row without one has to be left out; a scored"):
         read_labels(dataset, "pets", [1], "label")
     with pytest.raises(ValueError, match=r"pets, row 4, column 'label': expected a label as text or integer, got 0.5"):
         read_labels(dataset, "pets", [3], "label")

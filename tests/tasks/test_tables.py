@@ -110,6 +110,7 @@ def test_only_names_that_are_written_as_paths_have_to_be_folders(tmp_path: Path)
     check_data("data", "SetFit/TREC-QC", str(tmp_path))
     with pytest.raises(ValueError, match=r"data: there is no folder .*nowhere"):
         check_data("data", "./nowhere", str(tmp_path))
+    check_data("data", "n" * 1000, str(tmp_path))
     (tmp_path / "news.csv").touch()
     with pytest.raises(ValueError, match=r"data='news\.csv' is a file, where a data set of the Hub or a folder is exp"):
         check_data("data", "news.csv", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os.path import isfile
 from typing import Literal
 
 from meta_trainer.tasks.few_shot.relation_net import DEPTHS, STEMS
@@ -82,7 +83,7 @@ class FewShotArguments:
                 "tested on it."
             )
         for name, place in places.items():
-            if place.endswith(TABLE_SUFFIXES) or locate(place, self.data_dir).is_file():
+            if place.endswith(TABLE_SUFFIXES) or isfile(locate(place, self.data_dir)):
                 check_file(f"domains, {name}", place, self.data_dir, TABLE_SUFFIXES)
             else:
                 check_data(f"domains, {name}", place, self.data_dir)

@@ -9,7 +9,7 @@ from reprlib import repr as short
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
-from meta_trainer.tasks.label_columns import Labels, read_labels, used_rows
+from meta_trainer.tasks.label_columns import Labels, is_number, read_labels, used_rows
 from meta_trainer.tasks.pictures import stored_images
 
 PIXELS = "pixel_values"
@@ -98,7 +98,7 @@ def join_images(files: Sequence[Images]) -> Images:
 def _check_alike(parts: Sequence[Labels]) -> None:
     """Numbers here and names there would be twice as many classes."""
     found = {part.name: {*part.classes, *part.labels, *part.noisy_labels} for part in parts}
-    numbers = [name for name, labels in found.items() if all(map(_is_number, labels))]
+    numbers = [name for name, labels in found.items() if all(map(is_number, labels))]
     names = [name for name in found if name not in numbers]
     named = set().union(*(found[name] for name in names))
     for name in numbers:
@@ -108,7 +108,3 @@ def _check_alike(parts: Sequence[Labels]) -> None:
                 f"Labels of {name} are numbers ({shown[0]}), and those of {names[0]} are names ({shown[1]}): label "
                 "columns of all files should name classes alike."
             )
-
-
-def _is_number(label: str) -> bool:
-    return label.removeprefix("-").isdecimal()

@@ -82,7 +82,8 @@ def check_causal(decoder: PreTrainedModel, name: str) -> None:
     if replaced:
         decoder.set_attn_implementation("eager")
     decoder.eval()
-    tokens = decoder.config.get_text_config().vocab_size // 2 + torch.arange(5, device=decoder.device)
+    size = decoder.config.get_text_config().vocab_size
+    tokens = (size // 2 + torch.arange(5, device=decoder.device)) % size
     with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         # One row each: rounding may depend on the place in a batch.
         logits, others = (decoder(tokens[None, columns]).logits[0, :-1] for columns in ([0, 1, 2, 3], [0, 1, 2, 4]))

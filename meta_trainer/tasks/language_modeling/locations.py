@@ -75,7 +75,7 @@ class Location:
         """Texts, each with the name of its domain; without a column of names that is empty.
 
         Raises:
-            ValueError: If a column is missing, there is no text, or a row has none or no domain; it names the row.
+            ValueError: If a column is missing, there is no text, or a row holds no text or has no domain.
         """
         rows, column = self._rows(data_dir), text_column
         if self.data == GENERATED or self.data.endswith(TEXT_SUFFIX):
@@ -83,9 +83,10 @@ class Location:
         check_columns(rows, str(self), (column, domain_column))
         texts = list(rows[column])
         for number, text in enumerate(texts, 1):
-            if not isinstance(text, str):
+            if not isinstance(text, str | None):
                 raise ValueError(f"{self}, row {number}: expected a text in {column!r}, got {short(text)}.")
-        used = [i for i, text in enumerate(texts) if text.strip()]
+        # An empty cell of a CSV file is a missing value.
+        used = [i for i, text in enumerate(texts) if text and text.strip()]
         if not used:
             raise ValueError(f"{self} holds no text.")
         domains = [""] * len(used) if domain_column is None else read_names(rows, str(self), used, domain_column)

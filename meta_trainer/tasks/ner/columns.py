@@ -5,6 +5,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset
 
+from meta_trainer.tasks.label_columns import not_excluded
 from meta_trainer.tasks.ner.sentences import Sentences
 from meta_trainer.tasks.ner.tags import check_iob2
 from meta_trainer.tasks.tables import check_columns, first_filled
@@ -40,7 +41,7 @@ def read_columns(
     check_iob2(sentences)
     if exclude_column is None:
         return sentences
-    return sentences.select(i for i, excluded in enumerate(dataset[exclude_column]) if not excluded)
+    return sentences.select(not_excluded(dataset, name, exclude_column))
 
 
 def _check_rows(sentences: Sentences) -> None:

@@ -75,13 +75,18 @@ def _blocks(path: Path) -> Iterator[list[tuple[int, list[str]]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip() and not line.startswith("-DOCSTART-"):
             columns = _columns(line)
-            if not line.startswith("#") or is_iob2(columns[-1]):
+            if not _is_comment(columns):
                 block.append((number, columns))
         elif block:
             yield block
             block = []
     if block:
         yield block
+
+
+def _is_comment(columns: list[str]) -> bool:
+    # Comments of CoNLL-U read "# name = value"; the value may look like a tag.
+    return columns[0].startswith("#") and (columns[2:3] == ["="] or not is_iob2(columns[-1]))
 
 
 def _columns(line: str) -> list[str]:

@@ -64,7 +64,7 @@ def check_shared_types(sets: Iterable[Sentences], trained: Sequence[Sentences]) 
             )
         if unknown:
             logger.warning(
-                "%s has entities of type %s, which are never trained on: %s has none; map_tags renames or drops types.",
+                "%s has entities of type %s, of which %s has none; map_tags renames or drops types.",
                 sentences.name, ", ".join(unknown), names,
             )  # fmt: skip
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image
+from datasets import Dataset, Features, Image, load_from_disk
 from numpy.testing import assert_array_equal
 from pictures import picture, png
 from PIL import Image as PillowImage
@@ -132,12 +132,18 @@ def test_a_row_whose_image_cannot_be_opened_is_named(stored, message, row):
     assert len(stored_images(rows, "set", "image", left, Path)) == 6
 
 
-def test_content_stays_where_it_is_and_addresses_stay_as_they_are():
+def test_content_and_addresses_stay_as_they_are():
     content = {"bytes": png(picture(0)), "path": "name.png"}
     address = {"bytes": None, "path": "https://example.org/x.png"}
     rows = Dataset.from_dict({"image": [content, address]}, features=Features({"image": Image()}))
     found = stored_images(rows, "set", "image", [0, 1], lambda path: Path("/data") / path)
     assert found["image"][:] == [content, address]
+
+
+def test_content_on_a_disk_is_not_copied_into_memory(tmp_path):
+    rows = [{"image": {"bytes": png(picture(0)), "path": "name.png"}}]
+    Dataset.from_list(rows, features=Features({"image": Image()})).save_to_disk(tmp_path)
+    assert stored_images(load_from_disk(tmp_path), "set", "image", [0], Path).cache_files
 
 
 def test_files_and_content_may_be_mixed(tmp_path):

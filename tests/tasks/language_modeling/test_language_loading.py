@@ -79,8 +79,13 @@ def test_a_text_without_a_source_is_named_unless_it_is_empty(tmp_path):
     file.write_text('{"text": "a", "origin": "news"}\n{"text": " ", "origin": null}\n')
     assert Location.parse(str(file)).read(None, "text", "origin") == [("a", "news")]
     file.write_text('{"text": "a", "origin": "news"}\n{"text": "b", "origin": null}\n')
-    with pytest.raises(ValueError, match=r"mixed\.jsonl, row 2, column 'origin': expected .*, got None"):
+    with pytest.raises(ValueError, match=r"row 2, column 'origin': expected a name .* None\. A row .* left out\.$"):
         Location.parse(str(file)).read(None, "text", "origin")
+
+
+def test_an_empty_cell_of_a_csv_file_is_no_text(tmp_path):
+    (tmp_path / "a.csv").write_text('text,origin\none,news\n,news\n"",news\n')
+    assert Location.parse("a.csv").read(str(tmp_path), "text", "origin") == [("one", "news")]
 
 
 def test_a_text_file_is_split_at_line_feeds_only_and_its_byte_order_mark_is_no_text(tmp_path):

@@ -63,6 +63,13 @@ def test_a_method_and_its_baseline_run_beside_each_other(tmp_path):
     assert [result["name"] for result in results] == ["plain training on both sets", "domain weights, guided EvoGrad"]
 
 
+@pytest.mark.parametrize("module", ["domain_weights", "meta_weight_net"])
+def test_no_meta_module_tells_trusted_texts_from_others(tmp_path, module):
+    file = tiny(tmp_path, "domain_weights_best", meta_module=module, train_on_meta=True)
+    with pytest.raises(ValueError, match=r"`train_on_meta` is for a baseline: a meta module .* Set it to false"):
+        read_recipe(file, [])
+
+
 def test_the_recipes_differ_only_in_what_is_meta_learned_or_trained_on():
     contents = {name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in NAMES}
     plain = contents.pop("plain")

@@ -56,7 +56,7 @@ def test_conll_words_may_hold_the_other_blanks_of_unicode(tmp_path: Path):
 
 def test_comments_of_a_conll_file_are_skipped_and_its_lines_keep_their_numbers(tmp_path: Path):
     path = tmp_path / "a.conll"
-    path.write_text("# sent_id = 1\n# text = # 1\n# O\n#\n1 O\n\n# the end\n\n#tag B-LOC\n# why\nTurin I-ORG\n")
+    path.write_text("# sent_id = 1\n# text = # 1\n# O\n#\n1 O\n\n# text = plan O\n\n#tag B-LOC\n# why\nTurin I-ORG\n")
     with pytest.raises(ValueError, match=r"sentence 2, token 2 'Turin' \(line 11\): 'I-ORG' continues"):
         read_conll(path)
     path.write_text(path.read_text().replace("I-ORG", "I-LOC"))
@@ -169,6 +169,12 @@ def test_a_missing_exclude_column_is_refused(write_rows, tmp_path: Path):
         load_ner_data(files(conll, exclude_column="dup"))
 
 
+def test_sentences_are_left_out_by_booleans_alone(write_rows):
+    rows = [{**row, "dup": "False"} for row in ROWS]
+    with pytest.raises(ValueError, match="exclude_column='dup' should hold booleans, got 'False'"):
+        load_ner_data(files(write_rows("a.jsonl", rows), exclude_column="dup"))
+
+
 def test_tags_of_source_and_target_are_joined_and_mapped(write_rows):
     source = write_rows("s.jsonl", [{"tokens": ["Ada"], "ner_tags": ["B-PERSON"]}])
     arguments = NerArguments(
@@ -224,7 +230,7 @@ def test_types_that_are_scored_and_never_trained_on_are_named_by_a_warning(write
     load_ner_data(arguments)
     (record,) = caplog.records
     assert record.levelname == "WARNING"
-    assert "target_test.jsonl has entities of type DATE, LOC, ORG, which are never trained on" in record.message
+    assert "target_test.jsonl has entities of type DATE, LOC, ORG, of which" in record.message
 
 
 @pytest.mark.parametrize("seed", [0, 7])

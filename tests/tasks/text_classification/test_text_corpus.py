@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from meta_trainer.tasks.text_classification.corpus import TOPICS, generate_corpus
+from meta_trainer.tasks.text_classification.corpus import SIZES, TOPICS, generate_corpus
 
 
 def test_the_corpus_is_a_function_of_its_arguments():
@@ -22,7 +22,8 @@ def test_every_sentence_names_its_topic_more_often_than_any_other():
 
 
 def test_no_sentence_comes_twice():
-    assert len(set(generate_corpus("train")["text"])) == 1200
+    texts = [text for split in SIZES for text in generate_corpus(split)["text"]]
+    assert len(set(texts)) == len(texts) == 1800
 
 
 def test_all_topics_are_about_equally_frequent():

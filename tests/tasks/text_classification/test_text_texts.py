@@ -67,7 +67,7 @@ def test_a_number_is_no_text_and_a_fraction_no_label():
 
 
 def test_a_split_without_labels_is_refused_with_advice():
-    with pytest.raises(ValueError, match=r"label -1 is outside the 2 classes sport, art\. A row without a label"):
+    with pytest.raises(ValueError, match=r"label -1 is outside the 2 classes sport, art\. A row without one"):
         read_texts(named([-1]), "news", "text", "label")
 
 
