@@ -14,9 +14,9 @@ def locate(name: str, data_dir: str | None) -> Path:
 
 def check_data(setting: str, data: str | None, data_dir: str | None) -> None:
     """Raise ValueError if ``data`` is a file, or is written like the path of a folder and there is none."""
-    path = locate(data, data_dir) if data else None
-    if path is None:
+    if not data:
         return
+    path = locate(data, data_dir)
     # Not a name to ask the Hub for.
     if isfile(path):
         raise ValueError(
@@ -24,7 +24,7 @@ def check_data(setting: str, data: str | None, data_dir: str | None) -> None:
             "ends in file takes it."
         )
     # A name that starts like a path is no Hub name; any other may be one and is looked up when loaded.
-    if str(data).startswith(("/", ".", "~")) and not isdir(path):
+    if data.startswith(("/", ".", "~")) and not isdir(path):
         raise ValueError(f"{setting}: there is no folder {path.absolute()}.")
 
 
